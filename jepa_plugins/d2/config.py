@@ -1,0 +1,190 @@
+"""All configuration keys of the detectron2 adapter, and the one way to read a configuration file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode as CN
+
+from jepa_plugins.config_files import find_config
+from jepa_plugins.core.mask_jepa import MaskJEPASettings
+from jepa_plugins.d2.data import add_data_config
+
+logger = logging.getLogger(__name__)
+
+
+def add_mask2former_config(cfg: CfgNode) -> None:
+    """The keys of the published Mask2Former with the published defaults, and one width that it fixes in code."""
+    from detectron2.projects.deeplab import add_deeplab_config
+
+    add_deeplab_config(cfg)
+    cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+
+    node = cfg.MODEL.MASK_FORMER = CN()
+    node.DEEP_SUPERVISION = True
+    node.NO_OBJECT_WEIGHT = 0.1
+    node.CLASS_WEIGHT = 1.0
+    node.DICE_WEIGHT = 1.0
+    node.MASK_WEIGHT = 20.0
+    node.NHEADS = 8
+    node.DROPOUT = 0.1
+    node.DIM_FEEDFORWARD = 2048
+    node.ENC_LAYERS = 0
+    node.DEC_LAYERS = 6
+    node.PRE_NORM = False
+    node.HIDDEN_DIM = 256
+    node.NUM_OBJECT_QUERIES = 100
+    node.TRANSFORMER_IN_FEATURE = "res5"
+    node.ENFORCE_INPUT_PROJ = False
+    node.SIZE_DIVISIBILITY = 32
+    node.TRANSFORMER_DECODER_NAME = "MultiScaleMaskedTransformerDecoder"
+    node.TRAIN_NUM_POINTS = 112 * 112
+    node.OVERSAMPLE_RATIO = 3.0
+    node.IMPORTANCE_SAMPLE_RATIO = 0.75
+    node.TEST = CN()
+    node.TEST.SEMANTIC_ON = True
+    node.TEST.INSTANCE_ON = False
+    node.TEST.PANOPTIC_ON = False
+    node.TEST.OBJECT_MASK_THRESHOLD = 0.0
+    node.TEST.OVERLAP_THRESHOLD = 0.0
+    node.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = False
+
+    head = cfg.MODEL.SEM_SEG_HEAD
+    head.MASK_DIM = 256
+    head.TRANSFORMER_ENC_LAYERS = 0
+    head.TRANSFORMER_ENC_DIM_FEEDFORWARD = 1024  # ours: the published code fixes it
+    head.PIXEL_DECODER_NAME = "BasePixelDecoder"
+    head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]
+    head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4
+    head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
+
+    swin = cfg.MODEL.SWIN = CN()
+    swin.PRETRAIN_IMG_SIZE = 224
+    swin.PATCH_SIZE = 4
+    swin.EMBED_DIM = 96
+    swin.DEPTHS = [2, 2, 6, 2]
+    swin.NUM_HEADS = [3, 6, 12, 24]
+    swin.WINDOW_SIZE = 7
+    swin.MLP_RATIO = 4.0
+    swin.QKV_BIAS = True
+    swin.QK_SCALE = None
+    swin.DROP_RATE = 0.0
+    swin.ATTN_DROP_RATE = 0.0
+    swin.DROP_PATH_RATE = 0.3
+    swin.APE = False
+    swin.PATCH_NORM = True
+    swin.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    swin.USE_CHECKPOINT = False
+
+
+def add_mask_jepa_config(cfg: CfgNode) -> None:
+    """`MODEL.MASK_JEPA`: the method's options with the paper's values (sections 3 and 4.1)."""
+    defaults = MaskJEPASettings()
+    node = cfg.MODEL.MASK_JEPA = CN()
+    node.FREEZE_BACKBONE = True
+    node.READOUT = defaults.readout
+    node.RECON_STRIDE = defaults.recon_stride
+    node.NOISE = CN()
+    node.NOISE.SIGMA = defaults.noise_sigma
+    node.MASK = CN()
+    node.MASK.RATIO = defaults.mask_ratio
+    node.MASK.PATCH = defaults.mask_patch
+    node.SELF_ATTN = CN()
+    node.SELF_ATTN.M = defaults.self_attention_blocks
+    node.DENOISE = CN()
+    node.DENOISE.TARGET = defaults.denoise_target
+    node.LOSS = CN()
+    node.LOSS.RECON_WEIGHT = defaults.recon_weight
+    node.LOSS.DENOISE_WEIGHT = defaults.denoise_weight
+    node.EMA = CN()
+    node.EMA.START = 0.996
+    node.EMA.END = 1.0
+    node.RANK_PERIOD = 100  # steps between two measurements of RankMe
+    # Held-out images for the explained variance, given as DATASETS.UNLABELLED is.
+    cfg.DATASETS.UNLABELLED_TEST = ()
+
+
+def add_timm_config(cfg: CfgNode) -> None:
+    """`MODEL.TIMM`: any timm `features_only` model as backbone."""
+    node = cfg.MODEL.TIMM = CN()
+    node.NAME = "resnet18"
+    node.WEIGHTS = ""  # a file with timm's names; "" starts from random weights
+    node.FREEZE = False  # no gradient, and normalisation in eval mode
+    node.KWARGS = CN(new_allowed=True)  # further arguments of timm.create_model
+
+
+def add_solver_config(cfg: CfgNode) -> None:
+    """Keys of our training loop."""
+    cfg.SOLVER.ACCUMULATION = 1  # micro-batches an iteration; SOLVER.IMS_PER_BATCH counts all of them
+    cfg.SOLVER.RECIPE_IMS_PER_BATCH = 0  # the recipe's effective batch; 0 accepts any
+    cfg.SOLVER.AMP.DTYPE = "auto"  # float16 with a gradient scaler on CUDA, bfloat16 on the CPU
+
+
+def add_jepa_config(cfg: CfgNode) -> None:
+    """Add every key of ours to detectron2's configuration, in place."""
+    add_mask2former_config(cfg)
+    add_mask_jepa_config(cfg)
+    add_timm_config(cfg)
+    add_solver_config(cfg)
+    add_data_config(cfg)
+
+
+def mask_jepa_settings(cfg: CfgNode) -> MaskJEPASettings:
+    """The method's options as core takes them."""
+    node = cfg.MODEL.MASK_JEPA
+    return MaskJEPASettings(
+        noise_sigma=node.NOISE.SIGMA,
+        mask_ratio=node.MASK.RATIO,
+        mask_patch=node.MASK.PATCH,
+        recon_stride=node.RECON_STRIDE,
+        self_attention_blocks=node.SELF_ATTN.M,
+        readout=node.READOUT,
+        denoise_target=node.DENOISE.TARGET,
+        recon_weight=node.LOSS.RECON_WEIGHT,
+        denoise_weight=node.LOSS.DENOISE_WEIGHT,
+    )
+
+
+def get_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Read a yaml file, found as a path or among our configurations, with overrides KEY VALUE KEY VALUE.
+
+    Raises:
+        FileNotFoundError: no such file. KeyError: an unknown key, named with the nearest known ones.
+    """
+    cfg = get_cfg()
+    add_jepa_config(cfg)
+    path = find_config(config_file)
+    try:
+        cfg.merge_from_file(path)
+        cfg.merge_from_list(list(opts))
+    except (KeyError, AssertionError) as error:
+        raise unknown_key(cfg, str(error.args[0] if error.args else error), path) from error
+    return cfg
+
+
+def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, value in node.items():
+        keys.append(prefix + name)
+        if isinstance(value, CfgNode):
+            keys.extend(_all_keys(value, f"{prefix}{name}."))
+    return keys
+
+
+def unknown_key(cfg: CfgNode, message: str, path: str) -> KeyError:
+    """One sentence for a key that does not exist."""
+    import difflib
+
+    key = message.rsplit(": ", 1)[-1].strip().strip("'\"")
+    keys = _all_keys(cfg)
+    close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
+    hint = (
+        f"did you mean {' or '.join(close)}?"
+        if close
+        else "see jepa_plugins/d2/config.py for the keys there are"
+    )
+    return KeyError(f"{path} or the command line sets {key}, which is no configuration key; {hint}")

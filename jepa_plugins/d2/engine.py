@@ -1,0 +1,256 @@
+"""The training loop: gradient accumulation, mixed precision on any device, resumable data, our solver and evaluators."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import get_event_storage
+
+from jepa_plugins.d2 import solver
+from jepa_plugins.d2.checkpoint import Checkpointer
+from jepa_plugins.d2.data.catalog import check_num_classes, ensure_registered
+from jepa_plugins.d2.data.loader import build_labelled_loader, build_unlabelled_loader
+from jepa_plugins.d2.data.mappers import build_mapper
+from jepa_plugins.d2.evaluation import build_evaluator
+from jepa_plugins.d2.held_out import HeldOutEvaluator, build_held_out_loader
+from jepa_plugins.d2.hooks import CollapseHook, PretrainingNote, TargetHook, unwrapped
+from jepa_plugins.d2.mask_jepa import MaskJEPA
+
+logger = logging.getLogger(__name__)
+
+
+def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """Precision of the forward under autocast; None for float32.
+
+    Raises:
+        ValueError: for an unknown SOLVER.AMP.DTYPE.
+    """
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    if cfg.SOLVER.AMP.DTYPE == "auto":
+        return torch.float16 if cfg.MODEL.DEVICE.startswith("cuda") else torch.bfloat16
+    if cfg.SOLVER.AMP.DTYPE not in known:
+        raise ValueError(f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}; give auto, float16 or bfloat16")
+    return known[cfg.SOLVER.AMP.DTYPE]
+
+
+def check_batch(cfg: CfgNode, world: int) -> int:
+    """Images per process and forward; prints the effective batch and holds it to the recipe.
+
+    Raises:
+        ValueError: when the batch does not divide, or is not the recipe's.
+    """
+    total, parts, recipe = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION, cfg.SOLVER.RECIPE_IMS_PER_BATCH
+    if parts < 1 or total % (world * parts):
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {total} must be a multiple of {world} processes x SOLVER.ACCUMULATION {parts}"
+        )
+    local = total // (world * parts)
+    logger.info("effective batch %d = %d images x %d processes x %d accumulated", total, local, world, parts)
+    if recipe and recipe != total:
+        raise ValueError(
+            f"the effective batch is {total}, the recipe's {recipe}: set SOLVER.IMS_PER_BATCH {recipe} (raise "
+            "SOLVER.ACCUMULATION if it does not fit), or SOLVER.RECIPE_IMS_PER_BATCH 0 to run it all the same"
+        )
+    return local
+
+
+class StartedLate:
+    """An iterable that builds its loader at the first batch, when the start iteration is known."""
+
+    def __init__(self, build: Callable[[int], Any]) -> None:
+        self.build = build
+        self.start_iteration = 0
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        yield from self.build(self.start_iteration)
+
+
+class Loop(SimpleTrainer):
+    """One iteration: `accumulation` micro-batches, then an optimiser step.
+
+    The global generators are seeded by (seed, iteration, process), so nothing of their state needs saving: a resumed run draws
+    what it would have drawn.
+
+    Args:
+        dtype: of autocast, or None. float16 on CUDA runs under a gradient scaler.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, loader: Any, optimizer: Any, *, accumulation: int, dtype: Any, seed: int
+    ) -> None:
+        super().__init__(model, loader, optimizer)
+        self.accumulation, self.dtype, self.seed = accumulation, dtype, seed
+        self.device_type = unwrapped(model).device.type
+        scaling = dtype == torch.float16 and self.device_type == "cuda"
+        self.grad_scaler = torch.amp.GradScaler("cuda", enabled=scaling)
+
+    def _autocast(self) -> Any:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+    def _unsynchronised(self, last: bool) -> Any:
+        """Gradients of all but the last micro-batch need no exchange between processes."""
+        return (
+            contextlib.nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync()
+        )
+
+    def run_step(self) -> None:
+        """Forward, backward, step, metrics."""
+        key = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()]).generate_state(1)[0]
+        seed_all_rng(int(key) % 2**31)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, torch.Tensor] = {}
+        data_time = 0.0
+        for part in range(self.accumulation):
+            start = time.perf_counter()
+            data = next(self._data_loader_iter)
+            data_time += time.perf_counter() - start
+            with self._unsynchronised(part + 1 == self.accumulation):
+                with self._autocast():
+                    losses = self.model(data)
+                    total = sum(losses.values()) / self.accumulation
+                self.grad_scaler.scale(total).backward()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.detach() / self.accumulation
+        self._write_metrics(sums, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        get_event_storage().put_scalar("grad_norm", float(self.optimizer.grad_norm), smoothing_hint=False)
+
+    def state_dict(self) -> dict:
+        """Optimiser and scaler."""
+        return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore them."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's default trainer around `Loop`, for MaskJEPA and the Mask2Former family.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence each for a configuration that cannot run.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)
+        check_batch(cfg, comm.get_world_size())
+        prepare_data(cfg)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        # device_ids makes sense for GPUs only
+        wrap = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
+        wrapped = create_ddp_model(model, broadcast_buffers=False, **wrap)
+        self._trainer = Loop(
+            wrapped,
+            self.build_train_loader(cfg),
+            optimizer,
+            accumulation=cfg.SOLVER.ACCUMULATION,
+            dtype=amp_dtype(cfg),
+            seed=max(cfg.SEED, 0),
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        notes = {"jepa_pretraining": PretrainingNote(model)} if isinstance(model, MaskJEPA) else {}
+        self.checkpointer = Checkpointer(wrapped, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **notes)
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As detectron2's; the data stream then starts where the run stands."""
+        super().resume_or_load(resume)
+        self._trainer.data_loader.start_iteration = self.start_iter
+
+    def build_hooks(self) -> list:
+        """detectron2's, with ours before the checkpointer."""
+        hooks = super().build_hooks()
+        model = unwrapped(self._trainer.model)
+        if isinstance(model, MaskJEPA):
+            hooks[1:1] = [TargetHook(model), CollapseHook()]
+        return hooks
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
+        """The model, with a line on its size instead of its whole listing."""
+        from detectron2.modeling import build_model
+
+        model = build_model(cfg)
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logger.info(
+            "%s: %s parameters, %s trained", cfg.MODEL.META_ARCHITECTURE, f"{total:,}", f"{trained:,}"
+        )
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """See `solver.build_optimizer`."""
+        return solver.build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """Poly (`WarmupPolyLR`) or detectron2's own schedules."""
+        return solver.build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> StartedLate:
+        """Unlabelled crops for MaskJEPA, else DATASETS.TRAIN through the configured mapper; in micro-batches."""
+        micro, parts = cfg.clone(), cfg.SOLVER.ACCUMULATION
+        micro.defrost()
+        micro.SOLVER.IMS_PER_BATCH //= parts
+        if cfg.MODEL.META_ARCHITECTURE == "MaskJEPA":
+            return StartedLate(
+                lambda start: build_unlabelled_loader(micro, start_iteration=start, accumulation=parts)
+            )
+        return StartedLate(lambda start: build_labelled_loader(micro, start_iteration=start * parts))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """One image at a time, resized as the training recipe says."""
+        ensure_registered(dataset_name)
+        return build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, False))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """By the data set's kind."""
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict:
+        """MaskJEPA on DATASETS.UNLABELLED_TEST (nothing without it); other models as detectron2 does."""
+        if not isinstance(unwrapped(model), MaskJEPA):
+            return super().test(cfg, model, evaluators)
+        if not cfg.DATASETS.UNLABELLED_TEST:
+            return {}
+        results = inference_on_dataset(model, build_held_out_loader(cfg), HeldOutEvaluator())
+        if comm.is_main_process():
+            print_csv_format(results)
+        return results
+
+
+def prepare_data(cfg: CfgNode) -> None:
+    """Register the labelled data sets of a configuration and hold NUM_CLASSES to them."""
+    if cfg.MODEL.META_ARCHITECTURE == "MaskJEPA":
+        return
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    ensure_registered(names)
+    for name in names:
+        check_num_classes(cfg, name)

@@ -1,0 +1,78 @@
+"""Optimiser and schedule of Mask2Former: AdamW in parameter groups, full-model clipping, poly decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.projects.deeplab import build_lr_scheduler
+from torch import Tensor, nn
+
+from jepa_plugins.core.mask_jepa import MaskJEPAHead
+from jepa_plugins.core.optim import ClippedAdamW, ClippedSGD
+
+__all__ = ["build_lr_scheduler", "build_optimizer", "parameter_groups"]
+
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+)
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(module name, module, parameter name, parameter), each parameter once."""
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield module_name, module, name, parameter
+
+
+def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
+    """Groups of equal learning rate and weight decay, as the published Mask2Former sets them.
+
+    The backbone's learning rate is multiplied by SOLVER.BACKBONE_MULTIPLIER; norms take WEIGHT_DECAY_NORM; embeddings, and
+    MaskJEPA's mask token and query, WEIGHT_DECAY_EMBED; position tables none.
+    """
+    solver = cfg.SOLVER
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for module_name, module, name, parameter in _trainable(model):
+        rate, decay = solver.BASE_LR, solver.WEIGHT_DECAY
+        if "backbone" in module_name:
+            rate = rate * solver.BACKBONE_MULTIPLIER
+        if "relative_position_bias_table" in name or "absolute_pos_embed" in name:
+            decay = 0.0
+        if isinstance(module, _NORMS):
+            decay = solver.WEIGHT_DECAY_NORM
+        if isinstance(module, (nn.Embedding, MaskJEPAHead)):
+            decay = solver.WEIGHT_DECAY_EMBED
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or SGD over `parameter_groups`, clipping the norm of the whole model's gradient when configured.
+
+    Raises:
+        ValueError: for an optimiser or a clipping type that is not supported.
+    """
+    solver, clip = cfg.SOLVER, None
+    if solver.CLIP_GRADIENTS.ENABLED:
+        if solver.CLIP_GRADIENTS.CLIP_TYPE != "full_model":
+            raise ValueError(
+                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {solver.CLIP_GRADIENTS.CLIP_TYPE!r}; Mask2Former's is 'full_model'"
+            )
+        clip = solver.CLIP_GRADIENTS.CLIP_VALUE
+    groups = parameter_groups(cfg, model)
+    if solver.OPTIMIZER == "ADAMW":
+        return ClippedAdamW(groups, lr=solver.BASE_LR, max_norm=clip)
+    if solver.OPTIMIZER == "SGD":
+        return ClippedSGD(
+            groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, max_norm=clip
+        )
+    raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; give ADAMW or SGD")

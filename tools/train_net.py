@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Pre-train Mask-JEPA, fine-tune or evaluate the Mask2Former family, in detectron2's command-line style.
+
+python tools/train_net.py --config-file detectron2/mask_jepa/R50_in1k.yaml --num-gpus 8 DATASETS.UNLABELLED "('imagenet/train',)"
+python tools/train_net.py --config-file detectron2/mask2former/ade20k/semantic_R50.yaml --num-gpus 8 MODEL.WEIGHTS exported.pth
+python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+python tools/train_net.py --config-file ... --resume
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import torch
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+import jepa_plugins.d2  # noqa: F401  registers our models
+from jepa_plugins.config_files import find_config
+from jepa_plugins.core.checkpoints import CheckpointError
+from jepa_plugins.core.images import ImageError
+from jepa_plugins.d2.checkpoint import Checkpointer
+from jepa_plugins.d2.config import get_config
+from jepa_plugins.d2.engine import Trainer, prepare_data
+
+USER_ERRORS = (ValueError, FileNotFoundError, KeyError, FloatingPointError, CheckpointError, ImageError)
+
+
+def setup(args):
+    """The frozen configuration; without a GPU it runs on the CPU."""
+    args.config_file = find_config(args.config_file)
+    cfg = get_config(args.config_file, args.opts)
+    moved = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if moved:
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    default_setup(cfg, args)
+    logger = setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="jepa_plugins")
+    if moved:
+        logger.info("no GPU is available: running on the CPU")
+    return cfg
+
+
+def main(args):
+    """Train, or evaluate with --eval-only."""
+    cfg = setup(args)
+    if args.eval_only:
+        prepare_data(cfg)
+        model = Trainer.build_model(cfg)
+        Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def guarded(args):
+    """`main`, with the package's one-sentence errors instead of a traceback; JEPA_TRACEBACK=1 shows it."""
+    import os
+
+    try:
+        return main(args)
+    except USER_ERRORS as error:
+        if os.environ.get("JEPA_TRACEBACK"):
+            raise
+        logging.getLogger("jepa_plugins").debug("", exc_info=True)
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        sys.exit(f"error: {text}")
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser(__doc__).parse_args()
+    launch(
+        guarded,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )
