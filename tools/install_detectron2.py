@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -152,10 +153,11 @@ class InstallError(Exception):
     """One sentence that says what is wrong and what to do."""
 
 
-def pip(*arguments: str) -> None:
-    """Run this interpreter's pip; its own output appears only when it fails."""
+def pip(*arguments: str, path: Path | None = None) -> None:
+    """Run this interpreter's pip, or the one in ``path``; its own output appears only when it fails."""
     command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(path)} if path else None
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
         sys.stderr.write(result.stdout + result.stderr)
         raise InstallError(f"pip {arguments[0]} failed (its output is above): {' '.join(arguments)}")
@@ -175,9 +177,14 @@ def download(folder: Path) -> Path:
     """Fetch the source distribution; pip compares the hash before it runs anything out of it."""
     hashed = folder / "requirement.txt"
     hashed.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
+    # Current pip refuses the archive for an optional dependency that names a repository. An older pip, put into
+    # the temporary folder alone, downloads it from wherever the user's pip is set up to look.
+    older = folder / "pip"
+    pip("install", "--no-cache-dir", "--target", str(older), "pip<26")
     target = folder / "download"
-    # The archive has no wheel, and its metadata can be read only where torch is: hence no build isolation.
-    pip("download", "--no-deps", "--no-build-isolation", "--dest", str(target), "--requirement", str(hashed))
+    options = ["--no-cache-dir", "--no-deps", "--dest", str(target), "--requirement", str(hashed)]
+    # The archive's metadata can be read only where torch is: hence no build isolation.
+    pip("download", "--no-build-isolation", *options, path=older)
     return next(target.iterdir())
 
 

@@ -50,12 +50,13 @@ def main(args):
     if args.eval_only:
         prepare_data(cfg)
         model = Trainer.build_model(cfg)
-        Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, required=[""], trust=args.trust)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = Trainer(cfg)
+    trainer = Trainer(cfg, trust=args.trust)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
@@ -75,7 +76,9 @@ def guarded(args):
 
 
 if __name__ == "__main__":
-    arguments = default_argument_parser(__doc__).parse_args()
+    parser = default_argument_parser(__doc__)
+    parser.add_argument("--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code")
+    arguments = parser.parse_args()
     launch(
         guarded,
         arguments.num_gpus,

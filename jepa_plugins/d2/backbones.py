@@ -47,7 +47,7 @@ class TimmBackbone(Backbone):
     def load_weights(self, path: str) -> None:
         """Load a checkpoint of the same timm model; its classifier and unused stages are left out."""
         state = state_dict_of(read_checkpoint(path))
-        load_into(self.net, state, required=[name for name, _ in self.net.named_parameters()])
+        load_into(self.net, state, required=[""], source=path)
 
     def train(self, mode: bool = True) -> TimmBackbone:
         """As usual; frozen, it stays in eval mode."""

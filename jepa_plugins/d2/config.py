@@ -119,6 +119,8 @@ def add_timm_config(cfg: CfgNode) -> None:
 
 def add_solver_config(cfg: CfgNode) -> None:
     """Keys of our training loop."""
+    # Prefixes of names in MODEL.WEIGHTS that are not loaded, such as the class head when the classes differ.
+    cfg.MODEL.WEIGHTS_LEAVE_OUT = ()
     cfg.SOLVER.ACCUMULATION = 1  # micro-batches an iteration; SOLVER.IMS_PER_BATCH counts all of them
     cfg.SOLVER.RECIPE_IMS_PER_BATCH = 0  # the recipe's effective batch; 0 accepts any
     cfg.SOLVER.AMP.DTYPE = "auto"  # float16 with a gradient scaler on CUDA, bfloat16 on the CPU

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,11 +147,14 @@ class Loop(SimpleTrainer):
 class Trainer(DefaultTrainer):
     """detectron2's default trainer around `Loop`, for MaskJEPA and the Mask2Former family.
 
+    Args:
+        trust: checkpoint files that may run code when they are read.
+
     Raises:
         ValueError, FileNotFoundError: one sentence each for a configuration that cannot run.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, trust: Sequence[str] = ()) -> None:
         TrainerBase.__init__(self)
         check_batch(cfg, comm.get_world_size())
         prepare_data(cfg)
@@ -170,7 +173,14 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         notes = {"jepa_pretraining": PretrainingNote(model)} if isinstance(model, MaskJEPA) else {}
-        self.checkpointer = Checkpointer(wrapped, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **notes)
+        self.checkpointer = Checkpointer(
+            wrapped,
+            cfg.OUTPUT_DIR,
+            leave_out=cfg.MODEL.WEIGHTS_LEAVE_OUT,
+            trust=trust,
+            trainer=weakref.proxy(self),
+            **notes,
+        )
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
 

@@ -71,7 +71,7 @@ class SemanticEvaluator(DatasetEvaluator):
         count = len(self.class_names)
         self._matrix = np.zeros((count, count), dtype=np.int64)
 
-    def _labels(self, file_name: str) -> np.ndarray:
+    def labels(self, file_name: str) -> np.ndarray:
         truth = self._truth[file_name]
         if "sem_seg_file_name" in truth:
             return read_label_map(truth["sem_seg_file_name"])
@@ -82,7 +82,7 @@ class SemanticEvaluator(DatasetEvaluator):
         """Add images: inputs name their "file_name", outputs hold "sem_seg" [K, H, W]."""
         count = len(self.class_names)
         for entry, output in zip(inputs, outputs, strict=True):
-            truth = self._labels(entry["file_name"])
+            truth = self.labels(entry["file_name"])
             scores = output["sem_seg"]
             if tuple(scores.shape) != (count, *truth.shape):
                 raise ValueError(

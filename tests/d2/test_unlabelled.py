@@ -83,13 +83,18 @@ def test_one_missing_file_of_a_list_does_not_hide_the_others(tmp_path: Path) -> 
 
 
 def _bad_source(tmp_path: Path, kind: str) -> Path:
-    path = tmp_path / {"list": "l.txt", "json": "j.json", "broken json": "b.json", "kind": "k.csv"}.get(
-        kind, kind
-    )
-    if kind == "empty folder":
+    texts = {
+        "list.txt": "",
+        "json.json": '{"images": []}',
+        "nameless.json": '{"images": [{"id": 1}]}',
+        "broken.json": "{",
+        "kind.csv": "",
+    }
+    path = tmp_path / kind
+    if kind in texts:
+        path.write_text(texts[kind])
+    elif kind == "empty folder":
         path.mkdir()
-    elif kind != "missing":
-        path.write_text({"json": '{"images": []}', "broken json": "{"}.get(kind, ""))
     return path
 
 
@@ -98,10 +103,11 @@ def _bad_source(tmp_path: Path, kind: str) -> Path:
     [
         ("missing", "give a folder of images"),
         ("empty folder", "name a folder with"),
-        ("list", "give one image path per line"),
-        ("json", "each with a file_name"),
-        ("broken json", "no valid json"),
-        ("kind", "give a folder of images"),
+        ("list.txt", "give one image path per line"),
+        ("json.json", "each with a file_name"),
+        ("nameless.json", "each with a file_name"),
+        ("broken.json", "no valid json"),
+        ("kind.csv", "give a folder of images"),
     ],
 )
 def test_a_bad_source_gives_one_sentence_with_the_remedy(tmp_path: Path, kind: str, remedy: str) -> None:

@@ -62,7 +62,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"Data set '{name}': '{path}' is no valid json ({error}).") from error
-    if not content.get("categories"):
+    if not isinstance(content, dict) or not content.get("categories"):
         raise ValueError(f"Data set '{name}': '{path}' has no \"categories\": each needs an id and a name.")
     return content
 

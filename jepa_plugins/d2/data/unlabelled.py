@@ -50,12 +50,13 @@ def _names_in_json(path: str) -> list[str]:
     except ValueError as error:
         raise ValueError(f"DATASETS.UNLABELLED: '{path}' is no valid json ({error}).") from error
     images = content.get("images") if isinstance(content, dict) else None
-    if not images:
+    names = [image.get("file_name") for image in images or []]
+    if not names or not all(names):
         raise ValueError(
             f"DATASETS.UNLABELLED: json file '{path}' lists no images: "
             'it needs COCO\'s "images", each with a file_name.'
         )
-    return [image["file_name"] for image in images]
+    return names
 
 
 def _json_roots(path: str) -> list[Path]:
