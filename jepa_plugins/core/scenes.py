@@ -1,15 +1,16 @@
 """Generated scenes: textured, shaded, overlapping things on textured grounds, with exact labels.
 
-A thing's class is its shape and a ground's class is its texture. Colours, sizes, angles, surface patterns and
-light are drawn without regard to the class, so that a colour never gives a class away. A scene depends on
-``(seed, index)`` and its size alone.
+A thing's class is its shape and a ground's class is its texture. Colours, sizes, surface patterns and light
+are drawn without regard to the class. Things tend to be more vivid than grounds, which helps to find them but
+not to tell one class from another. A scene depends on ``(seed, index)`` and its size alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ VERSION = 1
 
 MIN_SIZE = 32
 MAX_THINGS = 6
+MAX_TILT = 0.5  # Radians from upright.
 
 THING_CLASSES = ("disc", "box", "triangle", "star", "ring", "cross", "crescent", "heart")
 STUFF_CLASSES = ("stripes", "bricks", "sand", "waves")
@@ -52,7 +54,7 @@ COLORS = (
 )
 """One RGB colour (0 to 255) per class for drawing label maps; unrelated to the colours in the pictures."""
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]  # float32 throughout: factors are Python floats, which do not widen it.
 
 
 class SegmentInfo(NamedTuple):
@@ -98,7 +100,7 @@ def make_scene(seed: int, index: int, size: int | tuple[int, int] = 128) -> Scen
         raise ValueError(f"scene seed {seed} and index {index} must not be negative")
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
     canvas, grounds, palette = _draw_grounds(rng, height, width)
-    light = rng.uniform(0, 2 * np.pi)
+    light = rng.uniform(0, 2 * math.pi)
     things = [_Patch(thing, height, width) for thing in _place_things(rng, height, width, palette)]
     things, owner = _visible(things, height, width)
     for patch in things:
@@ -114,7 +116,7 @@ def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float
     """Random field [H, W] in [0, 1] that changes over about ``cell`` pixels."""
 
     def corners(length: int) -> tuple[NDArray[np.intp], Array]:
-        position = (np.arange(length, dtype=np.float32) + np.float32(0.5)) / np.float32(cell)
+        position = (np.arange(length, dtype=np.float32) + 0.5) / cell
         low = position.astype(np.intp)
         part = position - low.astype(np.float32)
         return low, part * part * (3 - 2 * part)
@@ -134,15 +136,15 @@ def _hsv_to_rgb(hsv: Array) -> Array:
 
 
 def _random_colors(rng: np.random.Generator, count: int) -> Array:
-    """``count`` RGB colours in [0, 1], [count, 3]."""
-    low, high = (0.0, 0.1, 0.3), (1.0, 0.85, 0.95)
+    """``count`` colours for things: RGB in [0, 1], [count, 3]."""
+    low, high = (0.0, 0.4, 0.4), (1.0, 0.95, 1.0)
     return _hsv_to_rgb(rng.uniform(low, high, (count, 3)).astype(np.float32))
 
 
 def _color_pair(rng: np.random.Generator) -> Array:
-    """Two related colours that differ in brightness: the light and the dark of one texture, [2, 3]."""
-    hue, saturation, value = rng.random(), rng.uniform(0.1, 0.75), rng.uniform(0.55, 0.95)
-    other = (hue + rng.normal(0, 0.08), rng.uniform(0.1, 0.75), value - rng.uniform(0.2, 0.45))
+    """Two related colours that differ in brightness, for a ground: RGB in about [0, 1], [2, 3]."""
+    hue, saturation, value = rng.random(), rng.uniform(0.05, 0.45), rng.uniform(0.55, 0.95)
+    other = (hue + rng.normal(0, 0.08), rng.uniform(0.05, 0.45), value - rng.uniform(0.2, 0.45))
     pair = _hsv_to_rgb(np.array([(hue, saturation, value), other], np.float32))
     return pair[::-1] if rng.random() < 0.5 else pair
 
@@ -153,13 +155,13 @@ def _color_pair(rng: np.random.Generator) -> Array:
 
 def _stripes(rng: np.random.Generator, u: Array, v: Array, unit: float) -> Array:
     period = unit * rng.uniform(0.8, 1.7)
-    return np.clip(0.5 + rng.uniform(0.7, 2.0) * np.sin(u * (2 * np.pi / period)), 0, 1)
+    return np.clip(0.5 + rng.uniform(0.7, 2.0) * np.sin(u * (2 * math.pi / period)), 0, 1)
 
 
 def _waves(rng: np.random.Generator, u: Array, v: Array, unit: float) -> Array:
     period = unit * rng.uniform(0.8, 1.5)
-    swing = rng.uniform(0.5, 0.8) * period * np.sin(v * (2 * np.pi / (period * rng.uniform(2.2, 3.2))))
-    return np.clip(0.5 + rng.uniform(0.7, 2.0) * np.sin((u + swing) * (2 * np.pi / period)), 0, 1)
+    swing = rng.uniform(0.5, 0.8) * period * np.sin(v * (2 * math.pi / (period * rng.uniform(2.2, 3.2))))
+    return np.clip(0.5 + rng.uniform(0.7, 2.0) * np.sin((u + swing) * (2 * math.pi / period)), 0, 1)
 
 
 def _bricks(rng: np.random.Generator, u: Array, v: Array, unit: float) -> Array:
@@ -200,7 +202,7 @@ def _draw_grounds(rng: np.random.Generator, height: int, width: int) -> tuple[Ar
     y, x = _pixel_grid(0, height, 0, width)
     score = np.empty((len(chosen), height, width), np.float32)
     for k in range(len(chosen)):
-        cy, cx = rng.uniform((0, 0), (height, width))
+        cy, cx = rng.uniform((0, 0), (height, width)).tolist()
         rough = _smooth_noise(rng, height, width, side / 3.5)
         rough += 0.4 * _smooth_noise(rng, height, width, side / 10)
         score[k] = 0.5 * rough - np.sqrt((y - cy) ** 2 + (x - cx) ** 2) / side
@@ -220,10 +222,10 @@ def _ground_color(rng: np.random.Generator, name: str, colors: Array, height: in
     """One ground over the whole picture: RGB [H, W, 3] in about [0, 1]."""
     side = min(height, width)
     unit = max(5.0, side / 128 * rng.uniform(6.5, 12.0))
-    angle = rng.uniform(0, np.pi)
-    cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    angle = rng.uniform(0, math.pi)
+    cosine, sine = math.cos(angle), math.sin(angle)
     y, x = _pixel_grid(0, height, 0, width)
-    warp = np.float32(rng.uniform(0, 1.2) * unit) * _smooth_noise(rng, height, width, side / 2.5)
+    warp = rng.uniform(0, 1.2) * unit * _smooth_noise(rng, height, width, side / 2.5)
     share = _TEXTURES[name](rng, x * cosine + y * sine + warp, y * cosine - x * sine + warp, float(unit))
     grain = rng.uniform(0.02, 0.1) * (_smooth_noise(rng, height, width, 1.5) - 0.5)
     stain = rng.uniform(0.1, 0.4) * (_smooth_noise(rng, height, width, side / 5) - 0.5)
@@ -233,14 +235,14 @@ def _ground_color(rng: np.random.Generator, name: str, colors: Array, height: in
 
 def _pixel_grid(top: int, bottom: int, left: int, right: int) -> tuple[Array, Array]:
     """Pixel centres: y [rows, 1] and x [1, columns]."""
-    y = np.arange(top, bottom, dtype=np.float32) + np.float32(0.5)
-    x = np.arange(left, right, dtype=np.float32) + np.float32(0.5)
+    y = np.arange(top, bottom, dtype=np.float32) + 0.5
+    x = np.arange(left, right, dtype=np.float32) + 0.5
     return y[:, None], x[None]
 
 
 # --- things ------------------------------------------------------------------------------------------------
 # A shape maps coordinates in units of the thing's radius, and two free numbers in [0, 1], to a value that is
-# negative inside and grows like the distance to the border near it.
+# negative inside and grows like the distance to the border near it; y points down.
 
 
 def _disc(x: Array, y: Array, p: float, q: float) -> Array:
@@ -252,20 +254,20 @@ def _box(x: Array, y: Array, p: float, q: float) -> Array:
 
 
 def _triangle(x: Array, y: Array, p: float, q: float) -> Array:
-    y = y / (0.85 + 0.35 * p)
-    slanted = np.float32(0.75**0.5) * np.abs(x) + 0.5 * y
+    y = -y / (0.85 + 0.35 * p)
+    slanted = 0.75**0.5 * np.abs(x) + 0.5 * y
     return np.maximum(slanted, -y) - 0.6
 
 
 def _star(x: Array, y: Array, p: float, q: float) -> Array:
     points = 5 if q < 0.75 else 6
-    sector = np.pi / points
+    sector = math.pi / points
     radius = np.sqrt(x * x + y * y)
-    angle = np.abs((np.arctan2(y, x) + sector) % (2 * sector) - sector)
+    angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)
     tip, notch = 1.15, 0.45 + 0.12 * p
     # The edge runs from a tip at angle 0 to a notch at the sector's end; its normal points outwards.
-    normal_x, normal_y = notch * np.sin(sector), tip - notch * np.cos(sector)
-    length = np.hypot(normal_x, normal_y)
+    normal_x, normal_y = notch * math.sin(sector), tip - notch * math.cos(sector)
+    length = math.hypot(normal_x, normal_y)
     return (radius * (normal_x * np.cos(angle) + normal_y * np.sin(angle)) - tip * normal_x) / length
 
 
@@ -288,7 +290,8 @@ def _crescent(x: Array, y: Array, p: float, q: float) -> Array:
 
 def _heart(x: Array, y: Array, p: float, q: float) -> Array:
     half = 0.55 + 0.05 * p
-    x, y = x + 0.2, y + 0.2
+    # A square on its corner with a half-disc on each of the upper sides.
+    x, y = 0.2 + (x - y) * 0.5**0.5, 0.2 - (x + y) * 0.5**0.5
     square = np.maximum(np.abs(x), np.abs(y))
     lobes = np.minimum((x - half) ** 2 + y * y, x * x + (y - half) ** 2)
     return np.minimum(square, np.sqrt(lobes)) - half
@@ -310,7 +313,7 @@ class _Thing:
 
     def distance(self, y: Array, x: Array) -> Array:
         """Signed distance to the outline in pixels (approximate away from it), negative inside."""
-        cosine, sine = np.float32(np.cos(self.angle)), np.float32(np.sin(self.angle))
+        cosine, sine = math.cos(self.angle), math.sin(self.angle)
         dy, dx = (y - self.y) / self.radius, (x - self.x) / self.radius
         u, v = dx * cosine + dy * sine, dy * cosine - dx * sine
         return (_SHAPES[self.class_id](u, v, *self.free) * self.radius).astype(np.float32)
@@ -320,7 +323,7 @@ class _Patch:
     """A thing with the window of the picture that it and its shadow can reach."""
 
     def __init__(self, thing: _Thing, height: int, width: int) -> None:
-        reach = 1.7 * thing.radius + 2
+        reach = 2 * thing.radius + 2
         self.thing = thing
         self.rows = slice(max(0, int(thing.y - reach)), min(height, int(thing.y + reach) + 1))
         self.columns = slice(max(0, int(thing.x - reach)), min(width, int(thing.x + reach) + 1))
@@ -333,18 +336,17 @@ def _place_things(rng: np.random.Generator, height: int, width: int, palette: Ar
     side = min(height, width)
     count = int(rng.integers(2, MAX_THINGS + 1))
     class_ids = rng.integers(len(THING_CLASSES), size=count)
-    # Squaring favours small things.
-    radii = np.maximum(3.0, side * (0.075 + 0.165 * rng.random(count) ** 1.5))
+    radii = np.maximum(4.0, side * (0.09 + 0.21 * rng.random(count) ** 1.3))  # More small ones than large.
     things: list[_Thing] = []
     for class_id, radius in zip(class_ids.tolist(), radii.tolist(), strict=True):
         y, x = rng.uniform((0.06, 0.06), (0.94, 0.94)) * (height, width)
         if things and rng.random() < 0.5:
             other = things[int(rng.integers(len(things)))]
-            angle, gap = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 0.95) * (radius + other.radius)
-            y, x = other.y + gap * np.sin(angle), other.x + gap * np.cos(angle)
+            angle, gap = rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 0.95) * (radius + other.radius)
+            y, x = other.y + gap * math.sin(angle), other.x + gap * math.cos(angle)
         y, x = np.clip((y, x), 0.06 * side, (height - 0.06 * side, width - 0.06 * side))
         colors = np.stack([_contrasting(rng, palette), _random_colors(rng, 1)[0]])
-        angle, p, q = rng.uniform(0, (2 * np.pi, 1, 1)).tolist()
+        angle, p, q = rng.uniform((-MAX_TILT, 0, 0), (MAX_TILT, 1, 1)).tolist()
         things.append(_Thing(class_id, float(y), float(x), radius, angle, (p, q), colors))
     return things
 
@@ -379,10 +381,10 @@ def _draw_thing(rng: np.random.Generator, canvas: Array, patch: _Patch, light: f
     """Paint one thing and its shadow over ``canvas`` [H, W, 3]; light comes from the direction ``light``."""
     thing, radius = patch.thing, patch.thing.radius
     window = canvas[patch.rows, patch.columns]
-    toward_y, toward_x = float(np.sin(light)), float(np.cos(light))
+    toward_y, toward_x = math.sin(light), math.cos(light)
     shift, blur = radius * rng.uniform(0.12, 0.35), 1 + radius * rng.uniform(0.05, 0.25)
     away = thing.distance(patch.y + shift * toward_y, patch.x + shift * toward_x)
-    window *= 1 - np.float32(rng.uniform(0.25, 0.55)) * np.clip(0.5 - away / blur, 0, 1)[..., None]
+    window *= 1 - rng.uniform(0.25, 0.55) * np.clip(0.5 - away / blur, 0, 1)[..., None]
     share = _surface(rng, patch)[..., None]
     color = thing.colors[0] + share * (thing.colors[1] - thing.colors[0])
     dy, dx = (patch.y - thing.y) / radius, (patch.x - thing.x) / radius
@@ -397,8 +399,8 @@ def _draw_thing(rng: np.random.Generator, canvas: Array, patch: _Patch, light: f
 def _surface(rng: np.random.Generator, patch: _Patch) -> Array:
     """Share of the second colour over a thing, [rows, columns] in [0, 1]: a pattern not tied to the class."""
     rows, columns = patch.distance.shape
-    angle = rng.uniform(0, 2 * np.pi)
-    cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    angle = rng.uniform(0, 2 * math.pi)
+    cosine, sine = math.cos(angle), math.sin(angle)
     dy, dx = patch.y - patch.thing.y, patch.x - patch.thing.x
     u, v = dx * cosine + dy * sine, dy * cosine - dx * sine
     period = max(3.5, patch.thing.radius * rng.uniform(0.3, 0.6))
@@ -413,10 +415,10 @@ def _surface(rng: np.random.Generator, patch: _Patch) -> Array:
     elif kind == 3:
         pattern = np.clip(0.5 + u / period, 0, 1)
     elif kind == 4:
-        dots = np.cos(u * (2 * np.pi / period)) + np.cos(v * (2 * np.pi / period))
+        dots = np.cos(u * (2 * math.pi / period)) + np.cos(v * (2 * math.pi / period))
         pattern = np.clip(2 * dots - 1, 0, 1)
     else:
-        pattern = np.clip(0.5 + 2 * np.sin(u * (np.pi / period)) * np.sin(v * (np.pi / period)), 0, 1)
+        pattern = np.clip(0.5 + 2 * np.sin(u * (math.pi / period)) * np.sin(v * (math.pi / period)), 0, 1)
     return (strength * pattern).astype(np.float32)
 
 
@@ -440,8 +442,8 @@ def _expose(rng: np.random.Generator, canvas: Array, light: float) -> NDArray[np
     """Uneven light over the scene, then the sensor's noise and rounding: uint8 [H, W, 3]."""
     height, width = canvas.shape[:2]
     y, x = _pixel_grid(0, height, 0, width)
-    slope = (x / width - 0.5) * float(np.cos(light)) + (y / height - 0.5) * float(np.sin(light))
+    slope = (x / width - 0.5) * math.cos(light) + (y / height - 0.5) * math.sin(light)
     gain = rng.uniform(0.85, 1.15) * (1 + rng.uniform(0, 0.4) * slope)
-    noise = rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(rng.uniform(0.008, 0.03))
+    noise = rng.standard_normal(canvas.shape, dtype=np.float32) * rng.uniform(0.008, 0.03)
     pixels = (canvas * gain[..., None].astype(np.float32) + noise) * 255
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
