@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Mask-JEPA end to end on generated data: pre-train without labels, fine-tune, evaluate, compare.
 
-Two arms fine-tune the same Mask2Former with the same steps, data and seed: one from its initial weights, one from
-Mask-JEPA. Every stage is a command of this project, printed before it runs, so that it can be typed by hand.
+Two arms fine-tune the same Mask2Former with the same steps, data and seed: one from its initial weights, one
+from Mask-JEPA. Every stage is a command of this project, printed before it runs, so that it can be typed by
+hand.
 
     python tools/demo.py                  # minutes on two CPU cores
     python tools/demo.py --size smoke     # the plumbing alone, in under two minutes; its numbers mean nothing
@@ -55,7 +56,10 @@ class Stages:
         """One command; a failure ends the demo with the end of its log."""
         command = [sys.executable, str(TOOLS / tool), *args]
         log = self.out / f"{name}.log"
-        print(f"\n[{len(self.seconds) + 1}] {name}\n    $ {shlex.join(['python', 'tools/' + tool, *args])}", flush=True)
+        print(
+            f"\n[{len(self.seconds) + 1}] {name}\n    $ {shlex.join(['python', 'tools/' + tool, *args])}",
+            flush=True,
+        )
         start = time.monotonic()
         with log.open("w") as sink:
             process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=self.environment)
@@ -122,10 +126,17 @@ def run(size: Size, out: Path) -> dict:
         # A new run: the last one's metrics must not be read as this one's.
         (folder / "metrics.json").unlink(missing_ok=True)
         fixed = ("OUTPUT_DIR", folder, "MODEL.TIMM.WEIGHTS", backbone, "SOLVER.MAX_ITER", steps)
-        stages.run(name, "train_net.py", "--config-file", f"detectron2/quick/{config}", *map(str, fixed), *opts)
+        stages.run(
+            name, "train_net.py", "--config-file", f"detectron2/quick/{config}", *map(str, fixed), *opts
+        )
         return folder
 
-    unlabelled = ("DATASETS.UNLABELLED", f"('{data}/unlabelled',)", "DATASETS.UNLABELLED_TEST", f"('{data}/val2017',)")
+    unlabelled = (
+        "DATASETS.UNLABELLED",
+        f"('{data}/unlabelled',)",
+        "DATASETS.UNLABELLED_TEST",
+        f"('{data}/val2017',)",
+    )
     pretrained = train("pretrain", "mask_jepa.yaml", size.pretrain_steps, *unlabelled)
     exported = out / "mask_jepa.pth"
     stages.run("export", "export.py", str(pretrained / "model_final.pth"), str(exported))
@@ -159,7 +170,9 @@ def run(size: Size, out: Path) -> dict:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--out", type=Path, default=Path("output/demo"), help="folder of everything it makes")
     args = parser.parse_args()
@@ -170,7 +183,10 @@ def main() -> None:
     result.update(size=args.size, informative=not problem)
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
 
-    print(f"\nFine-tuned on {SIZES[args.size].train} labelled images, {SIZES[args.size].finetune_steps} steps, one seed (%):")
+    print(
+        f"\nFine-tuned on {SIZES[args.size].train} labelled images, "
+        f"{SIZES[args.size].finetune_steps} steps, one seed (%):"
+    )
     print(table(result["without"], result["with"]))
     print("\nPictures:\n" + "\n".join(f"  {path}" for path in result["pictures"]))
     print(f"Numbers: {out / 'demo.json'}; {sum(result['seconds'].values()):.0f} s in all.")

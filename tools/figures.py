@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Pictures: predictions beside the truth, and k-means of the stride-4 feature before and after pre-training.
 
-    python tools/figures.py predictions --config-file FINETUNE.yaml --weights without=a.pth with=b.pth --out predictions.png
-    python tools/figures.py kmeans --config-file PRETRAIN.yaml --weights model_final.pth --images FOLDER --out kmeans.png
+python tools/figures.py predictions --config-file FINETUNE.yaml --weights without=a.pth with=b.pth --out
+predictions.png
+python tools/figures.py kmeans --config-file PRETRAIN.yaml --weights model_final.pth --images FOLDER --out
+kmeans.png
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def coloured(labels: np.ndarray, colours: Sequence[Sequence[int]]) -> np.ndarray
 
 def save_grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], path: str) -> None:
     """Pictures in rows and columns, with a title over each column."""
-    figure, axes = plt.subplots(len(rows), len(titles), figsize=(2.2 * len(titles), 2.3 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=(2.2 * len(titles), 2.3 * len(rows)), squeeze=False
+    )
     for line, row in zip(axes, rows, strict=True):
         for axis, picture in zip(line, row, strict=True):
             axis.imshow(picture, interpolation="nearest")
@@ -93,7 +97,8 @@ def clusters(feature: np.ndarray, seed: int = 0) -> np.ndarray:
 
 @torch.no_grad()
 def draw_kmeans(cfg: CfgNode, weights: str, files: Sequence[str], path: str) -> None:
-    """Image, and k-means of the online stride-4 feature of the untrained and of the pre-trained model (figure 5)."""
+    """Image, and k-means of the online stride-4 feature of the untrained and of the pre-trained model
+    (figure 5)."""
     size = tuple(cfg.INPUT.PRETRAIN_CROP_SIZE)
     images = [read_image(file, cfg.INPUT.FORMAT) for file in files]
     images = [crop_and_resize(image, centred_box(*image.shape[:2], size), size) for image in images]
@@ -117,12 +122,16 @@ def configuration(args: argparse.Namespace) -> CfgNode:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     predictions = commands.add_parser("predictions", help="input, truth and semantic predictions")
     predictions.add_argument("--weights", nargs="+", required=True, metavar="NAME=FILE")
     predictions.add_argument("--count", type=int, default=6, help="images")
-    kmeans = commands.add_parser("kmeans", help="k-means of the stride-4 feature before and after pre-training")
+    kmeans = commands.add_parser(
+        "kmeans", help="k-means of the stride-4 feature before and after pre-training"
+    )
     kmeans.add_argument("--weights", required=True, help="a pre-training checkpoint")
     kmeans.add_argument("--images", required=True, help="folder, list file or COCO json")
     kmeans.add_argument("--count", type=int, default=6, help="images")
@@ -132,7 +141,9 @@ def main() -> None:
         command.add_argument("--opts", nargs="*", default=[], help="KEY VALUE ...")
     args = parser.parse_args()
     if args.command == "predictions":
-        draw_predictions(configuration(args), dict(w.split("=", 1) for w in args.weights), args.out, args.count)
+        draw_predictions(
+            configuration(args), dict(w.split("=", 1) for w in args.weights), args.out, args.count
+        )
     else:
         draw_kmeans(configuration(args), args.weights, list_source(args.images)[: args.count], args.out)
     print(args.out)

@@ -177,8 +177,8 @@ def download(folder: Path) -> Path:
     """Fetch the source distribution; pip compares the hash before it runs anything out of it."""
     hashed = folder / "requirement.txt"
     hashed.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
-    # Current pip refuses the archive for an optional dependency that names a repository. An older pip, put into
-    # the temporary folder alone, downloads it from wherever the user's pip is set up to look.
+    # Current pip refuses the archive for an optional dependency that names a repository. An older pip, put
+    # into the temporary folder alone, downloads it from wherever the user's pip is set up to look.
     older = folder / "pip"
     pip("install", "--no-cache-dir", "--target", str(older), "pip<26")
     target = folder / "download"

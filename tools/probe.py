@@ -32,7 +32,9 @@ def at_cell_centres(labels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def cell_features(model, name: str, size: tuple[int, int], batch: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+def cell_features(
+    model, name: str, size: tuple[int, int], batch: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Features [n, C] and labels [n] of all labelled cells of a data set."""
     records = DatasetCatalog.get(name)
     ignore = MetadataCatalog.get(name).ignore_label
@@ -45,7 +47,9 @@ def cell_features(model, name: str, size: tuple[int, int], batch: int = 8) -> tu
             whole = crop_and_resize(image, (0, 0, *image.shape[:2]), size)
             inputs.append({"image": torch.from_numpy(whole).permute(2, 0, 1).contiguous()})
             truth = read_label_map(record["sem_seg_file_name"])
-            labels.append(torch.from_numpy(at_cell_centres(truth, size[0] // STRIDE, size[1] // STRIDE)).flatten())
+            labels.append(
+                torch.from_numpy(at_cell_centres(truth, size[0] // STRIDE, size[1] // STRIDE)).flatten()
+            )
         features.append(model.features(inputs)["stride8"].flatten(2).transpose(1, 2).flatten(0, 1))
     x, y = torch.cat(features), torch.cat(labels)
     return x[y != ignore], y[y != ignore]
@@ -63,12 +67,16 @@ def probe(model, train: str, val: str, size: tuple[int, int], most: int) -> dict
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--weights", nargs="*", default=[], help="pre-training checkpoints")
     parser.add_argument("--train", required=True, help="a data set with label images")
     parser.add_argument("--val", required=True)
-    parser.add_argument("--size", type=int, nargs=2, default=(128, 160), metavar=("H", "W"), help="multiples of 32")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(128, 160), metavar=("H", "W"), help="multiples of 32"
+    )
     parser.add_argument("--cells", type=int, default=40000, help="training cells, evenly spread")
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE ...")
     args = parser.parse_args()
@@ -78,7 +86,10 @@ def main() -> None:
     ensure_registered([args.train, args.val])
     for weights in (None, *args.weights):
         result = probe(built(cfg, weights), args.train, args.val, tuple(args.size), args.cells)
-        print(json.dumps({"weights": weights or "untrained", **{k: round(v, 2) for k, v in result.items()}}), flush=True)
+        print(
+            json.dumps({"weights": weights or "untrained", **{k: round(v, 2) for k, v in result.items()}}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Pre-train Mask-JEPA, fine-tune or evaluate the Mask2Former family, in detectron2's command-line style.
 
-python tools/train_net.py --config-file detectron2/mask_jepa/R50_in1k.yaml --num-gpus 8 DATASETS.UNLABELLED "('imagenet/train',)"
-python tools/train_net.py --config-file detectron2/mask2former/ade20k/semantic_R50.yaml --num-gpus 8 MODEL.WEIGHTS exported.pth
+python tools/train_net.py --config-file detectron2/mask_jepa/R50_in1k.yaml --num-gpus 8 DATASETS.UNLABELLED
+"('imagenet/train',)"
+python tools/train_net.py --config-file detectron2/mask2former/ade20k/semantic_R50.yaml --num-gpus 8
+MODEL.WEIGHTS exported.pth
 python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 python tools/train_net.py --config-file ... --resume
 """
@@ -77,7 +79,9 @@ def guarded(args):
 
 if __name__ == "__main__":
     parser = default_argument_parser(__doc__)
-    parser.add_argument("--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code")
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code"
+    )
     arguments = parser.parse_args()
     launch(
         guarded,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Up to this many scores per head (queries x keys) explicit softmax is faster, forward and backward, than torch's fused
-# kernel (benchmarks/attention.py). Devices that are not listed are always fused.
+# Up to this many scores per head (queries x keys) explicit softmax is faster, forward and backward, than
+# torch's fused kernel (benchmarks/attention.py). Devices that are not listed are always fused.
 EXPLICIT_UP_TO: dict[tuple[str, torch.dtype], int] = {
     ("cpu", torch.float32): 96 * 96,
     ("cpu", torch.bfloat16): 512 * 512,
@@ -60,11 +60,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
 def multihead_attention(
     module: torch.nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """What `module` computes, through its parameters and `attention`: no weights are materialised for the caller.
+    """What `module` computes, through its parameters and `attention`: no weights are materialised for the
+    caller.
 
     Args:
-        module: as published checkpoints hold it (`in_proj_weight`, `in_proj_bias`, `out_proj`); its dropout is applied by
-            the caller's layer only.
+        module: as published checkpoints hold it (`in_proj_weight`, `in_proj_bias`, `out_proj`); its dropout
+            is applied by the caller's layer only.
         query: [B, Nq, C]; key, value: [B, Nk, C], batch first whatever `module.batch_first` says.
         mask: as in `attention`.
 

@@ -1,4 +1,4 @@
-"""Measures that tell learning from collapse; a falling loss alone does not (SMALL runs collapse with a falling loss)."""
+"""Measures that tell learning from collapse; a falling loss alone does not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def rank_me(vectors: Tensor, *, centred: bool) -> float:
     """Effective rank: the exponential of the entropy of the singular values (Garrido et al., RankMe, 2023).
 
     Args:
-        vectors: [n, C]; of more than 2,048 an evenly spaced subset is used. centred: subtract the mean vector first.
+        vectors: [n, C]; of more than 2,048 an evenly spaced subset is used. centred: subtract the mean
+            vector first.
 
     Returns:
         Between 1 and min(n, C); 1 when all vectors are zero.
@@ -74,8 +75,9 @@ class CollapseWatch:
             if metrics[name] < floor * first and name not in self.warned:
                 self.warned.add(name)
                 sentences.append(
-                    f"step {step}: the target is collapsing: {name} is {metrics[name]:.3g}, below {floor:.0%} of its first "
-                    f"value {first:.3g}. A falling loss means nothing now; lower the learning rate or raise the EMA momentum."
+                    f"step {step}: the target is collapsing: {name} is {metrics[name]:.3g}, below "
+                    f"{floor:.0%} of its first value {first:.3g}. A falling loss means nothing now; lower the "
+                    "learning rate or raise the EMA momentum."
                 )
         for sentence in sentences:
             logger.warning(sentence)
@@ -85,8 +87,8 @@ class CollapseWatch:
 class HeldOutMeter:
     """Explained variance of the prediction and R2 of denoising on held-out images of one size.
 
-    The prediction is measured against two references: the variance over all cells and images, and the variance over images at
-    the same cell, which a prediction that knows only the position would reach.
+    The prediction is measured against two references: the variance over all cells and images, and the
+    variance over images at the same cell, which a prediction that knows only the position would reach.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Deformable DETR, eq. 3), in PyTorch or by an installed operator.
 
-The package `torch-ms-deform-attn` brings the operator; without it the PyTorch version runs everywhere. Which one runs is
-logged once. An operator that is installed and fails is an error, never a silent fallback.
+The package `torch-ms-deform-attn` brings the operator; without it the PyTorch version runs everywhere. Which
+one runs is logged once. An operator that is installed and fails is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def multi_scale_deformable_attention(
     Args:
         value: [B, sum of H*W over levels, heads, d], levels one after another, row by row.
         shapes: (H, W) of each level.
-        locations: [B, Q, heads, L, P, 2], (x, y) in [0, 1] over each level's whole area (align_corners False).
+        locations: [B, Q, heads, L, P, 2], (x, y) in [0, 1] over each level's whole area (align_corners
+            False).
         weights: [B, Q, heads, L, P]; used as given.
 
     Returns:
@@ -142,7 +143,8 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each head starts by looking in a direction of its own, point p at p + 1 cells; all weights equal."""
+        """Each head starts by looking in a direction of its own, point p at p + 1 cells; all weights
+        equal."""
         angles = torch.arange(self.n_heads, dtype=torch.float32) * (2.0 * torch.pi / self.n_heads)
         direction = torch.stack([angles.cos(), angles.sin()], dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)

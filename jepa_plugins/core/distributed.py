@@ -9,7 +9,8 @@ import torch.distributed as dist
 def mean_count(count: int, device: torch.device) -> torch.Tensor:
     """Mean over processes of `count`, at least one: a float32 scalar.
 
-    Dividing each process's sum by it makes the average over processes equal to the sum over all divided by all.
+    Dividing each process's sum by it makes the average over processes equal to the sum over all divided by
+    all.
     """
     total = torch.tensor(float(count), device=device)
     if dist.is_available() and dist.is_initialized():

@@ -1,7 +1,8 @@
 """Mask-JEPA: the pretext task on Mask2Former's pixel decoder and transformer decoder (Mask-JEPA, section 3).
 
-Everything here is plain PyTorch. The toolkit's adapter runs backbone and pixel decoders and hands over their maps; the
-transformer decoder is read through its published attribute names only, so any member of the family serves.
+Everything here is plain PyTorch. The toolkit's adapter runs backbone and pixel decoders and hands over their
+maps; the transformer decoder is read through its published attribute names only, so any member of the family
+serves.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,33 +126,42 @@ def draw_tile_mask(keys: Tensor, valid: Tensor, patch: int, ratio: float) -> Ten
     """Hide exactly floor(ratio * tiles + 0.5) tiles of each image (section 3.3).
 
     Args:
-        keys: int64 [B]; valid: bool [B, H, W], cells inside the image. Tiles of patch x patch cells start at the top left; those
-            at the right and bottom border may be partial.
+        keys: int64 [B]; valid: bool [B, H, W], cells inside the image. Tiles of patch x patch cells start at
+            the top left; those at the right and bottom border may be partial.
 
     Returns:
         bool [B, H, W], True where hidden; never outside the image.
 
     Raises:
-        ValueError: when an image has so few tiles that none, or all, would be hidden.
+        ValueError: when a tile is larger than half of an image's map, or none, or all, would be hidden.
     """
     _, height, width = valid.shape
+    smallest = int(torch.minimum(valid.any(2).sum(1), valid.any(1).sum(1)).min())
+    if 2 * patch > smallest:
+        raise ValueError(
+            f"a mask patch of {patch}x{patch} cells is larger than half of an image's map, whose smaller "
+            f"side has {smallest} cells; make the mask patch smaller or the images larger"
+        )
     inside = F.max_pool2d(valid[:, None].float(), patch, ceil_mode=True)[:, 0] > 0
     scores = keyed_uniform(keys, tuple(inside.shape[1:])).masked_fill(~inside, 2.0).flatten(1)
     tiles = inside.flatten(1).sum(1)
-    hidden = (ratio * tiles + 0.5).floor().long()
+    hidden = (ratio * tiles.double() + 0.5).floor().long()
     if bool(((hidden == 0) | (hidden == tiles)).any()):
         raise ValueError(
-            f"a map of {height}x{width} cells has {int(tiles.min())} tiles of {patch}x{patch}: with a mask ratio of "
-            f"{ratio} nothing or everything would be hidden; make the mask patch smaller or the images larger"
+            f"a map of {height}x{width} cells has {int(tiles.min())} tiles of {patch}x{patch}: with a mask "
+            f"ratio of {ratio} nothing or everything would be hidden; make the mask patch smaller "
+            "or the images larger"
         )
-    rank = scores.argsort(dim=1).argsort(dim=1)
+    # Stable, so that two equal scores are ordered alike whatever padding stands beside them.
+    rank = scores.argsort(dim=1, stable=True).argsort(dim=1)
     chosen = (rank < hidden[:, None]).view_as(inside)
     cells = chosen.repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)
     return cells[:, :height, :width] & valid
 
 
 class SelfAttentionBlock(nn.Module):
-    """Self-attention and FFN with residuals and post-norm: one of the M extra blocks, for pre-training only."""
+    """Self-attention and FFN with residuals and post-norm: one of the M extra blocks, for pre-training
+    only."""
 
     def __init__(self, width: int, heads: int, feedforward: int) -> None:
         super().__init__()
@@ -180,14 +191,16 @@ class _Named(nn.Module):
 
 @dataclass
 class Queries:
-    """The predictor's queries: `index` int64 [B, N] of their cells, `valid` bool [B, N] or None when all are real."""
+    """The predictor's queries: `index` int64 [B, N] of their cells, `valid` bool [B, N] or None when all are
+    real."""
 
     index: Tensor
     valid: Tensor | None
 
 
 def choose_queries(hidden: Tensor, valid: Tensor, readout: str) -> Queries:
-    """Cells that get a query: all of the image, or the hidden ones; short rows are filled up with other cells.
+    """Cells that get a query: all of the image, or the hidden ones; short rows are filled up with other
+    cells.
 
     Args:
         hidden, valid: bool [B, cells], on the CPU, so that counting them stalls no accelerator.
@@ -202,7 +215,8 @@ def choose_queries(hidden: Tensor, valid: Tensor, readout: str) -> Queries:
 
 @dataclass
 class StepOutput:
-    """What one forward gives: losses (to be summed), metrics (to be logged) and, if asked for, the maps behind them."""
+    """What one forward gives: losses (to be summed), metrics (to be logged) and, if asked for, the maps
+    behind them."""
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
@@ -244,7 +258,7 @@ class MaskJEPAHead(nn.Module):
             self.denoise = nn.Conv2d(mask_dim, image_channels, kernel_size=1)
 
     def predict(
-        self, decoder: nn.Module, feature: Tensor, hidden: Tensor, valid: Tensor, queries: Queries
+        self, decoder: Any, feature: Tensor, hidden: Tensor, valid: Tensor, queries: Queries
     ) -> Tensor:
         """Fill the hidden cells and let the transformer decoder's own layers predict them (eq. 3 to 5).
 
@@ -282,7 +296,7 @@ class MaskJEPAHead(nn.Module):
         return self.prediction(decoder.decoder_norm(x))
 
     def reconstruct(
-        self, decoder: nn.Module, feature: Tensor, target: Tensor, hidden: Tensor, valid: Tensor
+        self, decoder: Any, feature: Tensor, target: Tensor, hidden: Tensor, valid: Tensor
     ) -> StepOutput:
         """L_recon (eq. 5): mean squared error against the normalised target, over hidden cells and channels.
 
@@ -311,7 +325,8 @@ class MaskJEPAHead(nn.Module):
         """L_denoise (eq. 6): mean squared error of a 1x1 convolution of the stride-4 map.
 
         Args:
-            mask_features: [B, C, H/4, W/4]; noise: [B, c, H/4, W/4]; image: clean [B, c, H, W]; valid: bool [B, H/4, W/4].
+            mask_features: [B, C, H/4, W/4]; noise: [B, c, H/4, W/4]; image: clean [B, c, H, W]; valid: bool
+                [B, H/4, W/4].
         """
         aim = noise if self.settings.denoise_target == "noise" else F.avg_pool2d(image, NOISE_CELL)
         count = mean_count(int(valid.sum()), noise.device) * noise.shape[1]
@@ -330,7 +345,7 @@ class MaskJEPAHead(nn.Module):
 
     def forward(
         self,
-        decoder: nn.Module,
+        decoder: Any,
         *,
         feature: Tensor,
         mask_features: Tensor,
@@ -343,7 +358,8 @@ class MaskJEPAHead(nn.Module):
         """One step after the encoders: both losses, weighted, and their metrics.
 
         Args:
-            feature, target: online and target maps [B, C, H, W] of the reconstructed level; target may be None without L_recon.
+            feature, target: online and target maps [B, C, H, W] of the reconstructed level; target may be
+                None without L_recon.
             mask_features: online stride-4 map. noise, image: as drawn, and the clean network input.
             tile_keys: int64 [B] on the CPU. image_sizes: (H, W) of each image in pixels, without padding.
         """

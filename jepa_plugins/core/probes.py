@@ -23,7 +23,9 @@ class LinearProbe:
         return F.linear((features - self.mean) / self.scale, self.weight, self.bias).argmax(-1)
 
 
-def fit_linear(features: Tensor, labels: Tensor, classes: int, *, l2: float = 1e-4, steps: int = 200) -> LinearProbe:
+def fit_linear(
+    features: Tensor, labels: Tensor, classes: int, *, l2: float = 1e-4, steps: int = 200
+) -> LinearProbe:
     """Fit by L-BFGS from zero weights, so that the result has no random part.
 
     Args:

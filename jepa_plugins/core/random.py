@@ -1,8 +1,9 @@
 """Counter-based random numbers, keyed by (seed, sample, stream).
 
-A draw is a hash of its key and of its coordinates, so it depends neither on the number of processes or workers,
-nor on the device, nor on the size to which a batch is padded, and a resumed run draws what it would have drawn.
-The hash is the finaliser of SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014).
+A draw is a hash of its key and of its coordinates, so it depends neither on the number of processes or
+workers, nor on the device, nor on the size to which a batch is padded, and a resumed run draws what it would
+have drawn. The hash is the finaliser of SplitMix64 (Steele et al., "Fast splittable pseudorandom number
+generators", 2014).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ __all__ = [
     "make_scene",
 ]
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same ``(seed, index)`` gives another picture than before."""
 
 MIN_SIZE = 32
@@ -132,7 +132,7 @@ def _hsv_to_rgb(hsv: Array) -> Array:
     hue, saturation, value = hsv[..., 0:1], hsv[..., 1:2], hsv[..., 2:3]
     sector = (np.array([5, 3, 1], np.float32) + hue * 6) % 6
     wheel = np.clip(np.minimum(sector, 4 - sector), 0, 1)
-    return (value - value * saturation * wheel).astype(np.float32)
+    return value - value * saturation * wheel
 
 
 def _random_colors(rng: np.random.Generator, count: int) -> Array:
@@ -229,8 +229,8 @@ def _ground_color(rng: np.random.Generator, name: str, colors: Array, height: in
     share = _TEXTURES[name](rng, x * cosine + y * sine + warp, y * cosine - x * sine + warp, float(unit))
     grain = rng.uniform(0.02, 0.1) * (_smooth_noise(rng, height, width, 1.5) - 0.5)
     stain = rng.uniform(0.1, 0.4) * (_smooth_noise(rng, height, width, side / 5) - 0.5)
-    color = colors[0] + share[..., None].astype(np.float32) * (colors[1] - colors[0])
-    return color * (1 + stain + grain)[..., None].astype(np.float32)
+    color = colors[0] + share[..., None] * (colors[1] - colors[0])
+    return color * (1 + stain + grain)[..., None]
 
 
 def _pixel_grid(top: int, bottom: int, left: int, right: int) -> tuple[Array, Array]:
@@ -316,7 +316,7 @@ class _Thing:
         cosine, sine = math.cos(self.angle), math.sin(self.angle)
         dy, dx = (y - self.y) / self.radius, (x - self.x) / self.radius
         u, v = dx * cosine + dy * sine, dy * cosine - dx * sine
-        return (_SHAPES[self.class_id](u, v, *self.free) * self.radius).astype(np.float32)
+        return _SHAPES[self.class_id](u, v, *self.free) * self.radius
 
 
 class _Patch:
@@ -393,7 +393,7 @@ def _draw_thing(rng: np.random.Generator, canvas: Array, patch: _Patch, light: f
     shade *= 1 - rng.uniform(0, 0.4) * np.clip(1 + patch.distance / (0.1 * radius + 0.5), 0, 1)
     # Coverage of the pixel by the thing; above one half exactly where the label is the thing's.
     cover = np.clip(0.5 - patch.distance, 0, 1)[..., None]
-    window += cover * (color * shade[..., None].astype(np.float32) - window)
+    window += cover * (color * shade[..., None] - window)
 
 
 def _surface(rng: np.random.Generator, patch: _Patch) -> Array:
@@ -419,7 +419,7 @@ def _surface(rng: np.random.Generator, patch: _Patch) -> Array:
         pattern = np.clip(2 * dots - 1, 0, 1)
     else:
         pattern = np.clip(0.5 + 2 * np.sin(u * (math.pi / period)) * np.sin(v * (math.pi / period)), 0, 1)
-    return (strength * pattern).astype(np.float32)
+    return strength * pattern
 
 
 # --- the finished picture ----------------------------------------------------------------------------------
@@ -445,5 +445,5 @@ def _expose(rng: np.random.Generator, canvas: Array, light: float) -> NDArray[np
     slope = (x / width - 0.5) * math.cos(light) + (y / height - 0.5) * math.sin(light)
     gain = rng.uniform(0.85, 1.15) * (1 + rng.uniform(0, 0.4) * slope)
     noise = rng.standard_normal(canvas.shape, dtype=np.float32) * rng.uniform(0.008, 0.03)
-    pixels = (canvas * gain[..., None].astype(np.float32) + noise) * 255
+    pixels = (canvas * gain[..., None] + noise) * 255
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

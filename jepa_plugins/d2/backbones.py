@@ -32,6 +32,8 @@ class TimmBackbone(Backbone):
         super().__init__()
         node = cfg.MODEL.TIMM
         self.net, indices = create_features(node.NAME, input_shape.channels, node.KWARGS)
+        # Some of timm's transformers (Swin) give [B, H, W, C].
+        self.channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
         self.frozen = node.FREEZE
         self._out = [f"res{i}" for i in range(2, 6)]
         channels = self.net.feature_info.channels()
@@ -61,7 +63,10 @@ class TimmBackbone(Backbone):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, c, H, W] -> "res2" [B, C2, H/4, W/4] to "res5" [B, C5, H/32, W/32]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return dict(zip(self._out, self.net(x), strict=True))
+            maps = self.net(x)
+        if self.channels_last:
+            maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
+        return dict(zip(self._out, maps, strict=True))
 
 
 def create_features(name: str, channels: int, kwargs: Mapping[str, Any]) -> tuple[nn.Module, list[int]]:
@@ -77,8 +82,8 @@ def create_features(name: str, channels: int, kwargs: Mapping[str, Any]) -> tupl
     missing = [stride for stride in STRIDES if stride not in reductions]
     if missing:
         raise ValueError(
-            f"MODEL.TIMM.NAME: {name} has feature strides {reductions} and lacks {missing}; Mask2Former needs a hierarchical "
-            "model with strides 4, 8, 16 and 32"
+            f"MODEL.TIMM.NAME: {name} has feature strides {reductions} and lacks {missing}; Mask2Former "
+            "needs a hierarchical model with strides 4, 8, 16 and 32"
         )
     indices = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
     if indices == list(range(len(reductions))):

@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 def add_mask2former_config(cfg: CfgNode) -> None:
-    """The keys of the published Mask2Former with the published defaults, and one width that it fixes in code."""
+    """The keys of the published Mask2Former with the published defaults, and one width that it fixes in
+    code."""
     from detectron2.projects.deeplab import add_deeplab_config
 
     add_deeplab_config(cfg)
@@ -156,7 +157,10 @@ def get_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: no such file. KeyError: an unknown key, named with the nearest known ones.
+            ValueError: a key without a value.
     """
+    if len(opts) % 2:
+        raise ValueError(f"overrides are pairs KEY VALUE, got {' '.join(map(str, opts))}")
     cfg = get_cfg()
     add_jepa_config(cfg)
     path = find_config(config_file)

@@ -1,4 +1,5 @@
-"""The training loop: gradient accumulation, mixed precision on any device, resumable data, our solver and evaluators."""
+"""The training loop: gradient accumulation, mixed precision on any device, resumable data, our solver and
+evaluators."""
 
 from __future__ import annotations
 
@@ -57,14 +58,16 @@ def check_batch(cfg: CfgNode, world: int) -> int:
     total, parts, recipe = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION, cfg.SOLVER.RECIPE_IMS_PER_BATCH
     if parts < 1 or total % (world * parts):
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH {total} must be a multiple of {world} processes x SOLVER.ACCUMULATION {parts}"
+            f"SOLVER.IMS_PER_BATCH {total} must be a multiple of {world} processes x "
+            f"SOLVER.ACCUMULATION {parts}"
         )
     local = total // (world * parts)
     logger.info("effective batch %d = %d images x %d processes x %d accumulated", total, local, world, parts)
     if recipe and recipe != total:
         raise ValueError(
-            f"the effective batch is {total}, the recipe's {recipe}: set SOLVER.IMS_PER_BATCH {recipe} (raise "
-            "SOLVER.ACCUMULATION if it does not fit), or SOLVER.RECIPE_IMS_PER_BATCH 0 to run it all the same"
+            f"the effective batch is {total}, the recipe's {recipe}: set SOLVER.IMS_PER_BATCH {recipe} "
+            "(raise SOLVER.ACCUMULATION if it does not fit), or SOLVER.RECIPE_IMS_PER_BATCH 0 to run it "
+            "all the same"
         )
     return local
 
@@ -83,8 +86,8 @@ class StartedLate:
 class Loop(SimpleTrainer):
     """One iteration: `accumulation` micro-batches, then an optimiser step.
 
-    The global generators are seeded by (seed, iteration, process), so nothing of their state needs saving: a resumed run draws
-    what it would have drawn.
+    The global generators are seeded by (seed, iteration, process), so nothing of their state needs saving: a
+    resumed run draws what it would have drawn.
 
     Args:
         dtype: of autocast, or None. float16 on CUDA runs under a gradient scaler.
@@ -131,7 +134,9 @@ class Loop(SimpleTrainer):
         self._write_metrics(sums, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        get_event_storage().put_scalar("grad_norm", float(self.optimizer.grad_norm), smoothing_hint=False)
+        norm = self.optimizer.grad_norm  # None while the scaler has skipped every step
+        if norm is not None:
+            get_event_storage().put_scalar("grad_norm", float(norm), smoothing_hint=False)
 
     def state_dict(self) -> dict:
         """Optimiser and scaler."""
@@ -222,7 +227,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> StartedLate:
-        """Unlabelled crops for MaskJEPA, else DATASETS.TRAIN through the configured mapper; in micro-batches."""
+        """Unlabelled crops for MaskJEPA, else DATASETS.TRAIN through the configured mapper; in
+        micro-batches."""
         micro, parts = cfg.clone(), cfg.SOLVER.ACCUMULATION
         micro.defrost()
         micro.SOLVER.IMS_PER_BATCH //= parts

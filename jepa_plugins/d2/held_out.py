@@ -16,7 +16,8 @@ from jepa_plugins.d2.data.unlabelled import list_source
 
 
 def centred_box(height: int, width: int, crop: Sequence[int]) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in pixels of the largest centred box with the aspect of `crop` (height, width)."""
+    """(top, left, height, width) in pixels of the largest centred box with the aspect of `crop` (height,
+    width)."""
     scale = min(height / crop[0], width / crop[1])
     box_height, box_width = max(round(crop[0] * scale), 1), max(round(crop[1] * scale), 1)
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width

@@ -20,7 +20,8 @@ def normalised_batch(
     for item in batched_inputs:
         if item[key].shape[0] != channels:
             raise ValueError(
-                f"{item.get('file_name', 'an image')} has {item[key].shape[0]} channels, MODEL.PIXEL_MEAN {channels}; "
+                f"{item.get('file_name', 'an image')} has {item[key].shape[0]} channels, MODEL.PIXEL_MEAN "
+                f"{channels}; "
                 "make MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT agree with the images"
             )
     images = [(item[key].to(mean.device).float() - mean) / std for item in batched_inputs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -40,10 +41,12 @@ def noise_scale(pixel_std: Sequence[float], input_format: str) -> list[float]:
 
 @META_ARCH_REGISTRY.register()
 class MaskJEPA(nn.Module):
-    """Backbone, pixel decoder and transformer decoder of the configured names, with Mask-JEPA's targets and losses.
+    """Backbone, pixel decoder and transformer decoder of the configured names, with Mask-JEPA's targets and
+    losses.
 
     Args:
-        backbone, sem_seg_head: as MaskFormer has them, under the same names; the head holds `pixel_decoder` and `predictor`.
+        backbone, sem_seg_head: as MaskFormer has them, under the same names; the head holds `pixel_decoder`
+            and `predictor`.
         head: the parts that exist only while pre-training.
         freeze_backbone: no gradient, eval mode, shared by both branches; else it trains and has an EMA copy.
         noise_factors: per channel, from `noise_scale`.
@@ -127,12 +130,14 @@ class MaskJEPA(nn.Module):
         return self.jepa.settings
 
     def _freeze_unused(self) -> None:
-        """Parameters that no loss reaches take no gradient, so that distributed training need not search for them."""
+        """Parameters that no loss reaches take no gradient, so that distributed training need not search for
+        them."""
         if self.freeze_backbone:
             self.backbone.requires_grad_(False)
         used = PREDICTOR_PARTS if self.settings.recon_weight > 0 else ()
+        other_levels = re.compile(rf"input_proj\.(?!{self.settings.level}\.)")
         for name, parameter in self.sem_seg_head.predictor.named_parameters():
-            if not name.startswith(used):
+            if not name.startswith(used) or other_levels.match(name):
                 parameter.requires_grad_(False)
         if self.settings.denoise_weight == 0:
             # Without denoising only the deformable encoder is read; what leads to the stride-4 map is not.
@@ -161,7 +166,8 @@ class MaskJEPA(nn.Module):
         return momentum_at(int(self.step), self.total_steps, *self.ema)
 
     def update_target(self) -> float:
-        """Move the targets once, after an optimiser step (eq. 8), and count the step; returns the momentum used."""
+        """Move the targets once, after an optimiser step (eq. 8), and count the step; returns the momentum
+        used."""
         momentum = self.ema_momentum()
         ema_update(self.target_pixel_decoder, self.sem_seg_head.pixel_decoder, momentum)
         if self.target_backbone is not None:
@@ -221,8 +227,8 @@ class MaskJEPA(nn.Module):
             batched_inputs: dicts with "image" uint8 [c, H, W] and, from our loader, "sample_index".
 
         Returns:
-            In training the losses (their sum is the objective), metrics going to detectron2's event storage; else a list with one
-            dict, the batch's maps as `HeldOutMeter.update` takes them.
+            In training the losses (their sum is the objective), metrics going to detectron2's event storage;
+            else a list with one dict, the batch's maps as `HeldOutMeter.update` takes them.
         """
         if not self.training:
             return [self.run_step(batched_inputs).maps]
@@ -246,7 +252,8 @@ class MaskJEPA(nn.Module):
 
     @torch.no_grad()
     def features(self, batched_inputs: Sequence[dict]) -> dict[str, Tensor]:
-        """Online maps of clean images, for probes and pictures: "stride4" [B, mask_dim, H/4, W/4], "stride8" [B, C, H/8, W/8]."""
+        """Online maps of clean images, for probes and pictures: "stride4" [B, mask_dim, H/4, W/4], "stride8"
+        [B, C, H/8, W/8]."""
         images = normalised_batch(batched_inputs, self.pixel_mean, self.pixel_std, self.size_divisibility)
         decoded = self.sem_seg_head.pixel_decoder.forward_features(self.backbone(images.tensor))
         return {"stride4": decoded[0], "stride8": decoded[2][2]}

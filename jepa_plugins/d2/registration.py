@@ -1,7 +1,7 @@
 """Names under which our Mask2Former family enters detectron2's registries.
 
-fvcore's Registry refuses a name twice, so ours take the published names only when no published package that claims them
-(Mask2Former, OneFormer) is installed; otherwise each of ours is called `JEPA<name>`.
+fvcore's Registry refuses a name twice, so ours take the published names only when no published package that
+claims them (Mask2Former, OneFormer) is installed; otherwise each of ours is called `JEPA<name>`.
 """
 
 from __future__ import annotations

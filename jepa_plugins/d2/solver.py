@@ -36,8 +36,8 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     """Groups of equal learning rate and weight decay, as the published Mask2Former sets them.
 
-    The backbone's learning rate is multiplied by SOLVER.BACKBONE_MULTIPLIER; norms take WEIGHT_DECAY_NORM; embeddings, and
-    MaskJEPA's mask token and query, WEIGHT_DECAY_EMBED; position tables none.
+    The backbone's learning rate is multiplied by SOLVER.BACKBONE_MULTIPLIER; norms take WEIGHT_DECAY_NORM;
+    embeddings, and MaskJEPA's mask token and query, WEIGHT_DECAY_EMBED; position tables none.
     """
     solver = cfg.SOLVER
     groups: dict[tuple[float, float], list[Tensor]] = {}
@@ -65,7 +65,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if solver.CLIP_GRADIENTS.ENABLED:
         if solver.CLIP_GRADIENTS.CLIP_TYPE != "full_model":
             raise ValueError(
-                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {solver.CLIP_GRADIENTS.CLIP_TYPE!r}; Mask2Former's is 'full_model'"
+                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {solver.CLIP_GRADIENTS.CLIP_TYPE!r}; "
+                "Mask2Former's is 'full_model'"
             )
         clip = solver.CLIP_GRADIENTS.CLIP_VALUE
     groups = parameter_groups(cfg, model)

@@ -104,7 +104,7 @@ def test_multihead_attention_is_torchs(bias, masked) -> None:
 
 
 def naive_deformable(value, shapes, locations, weights):
-    """Bilinear interpolation by loops, in float64: cell (i, j) has its centre at ((j + .5) / W, (i + .5) / H)."""
+    """Bilinear interpolation by loops, in float64; cell (i, j) is centred at ((j + .5) / W, (i + .5) / H)."""
     batch, _, heads, width = value.shape
     value, locations, weights = value.double(), locations.double(), weights.double()
     out = torch.zeros(batch, locations.shape[1], heads, width, dtype=torch.float64)
@@ -146,7 +146,11 @@ def test_deformable_attention_equals_a_loop(case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_deformable_attention_is_float32_inside(dtype) -> None:
-    value, locations, weights = torch.randn(1, 25, 2, 4), torch.rand(1, 6, 2, 1, 4, 2), torch.rand(1, 6, 2, 1, 4)
+    value, locations, weights = (
+        torch.randn(1, 25, 2, 4),
+        torch.rand(1, 6, 2, 1, 4, 2),
+        torch.rand(1, 6, 2, 1, 4),
+    )
     got = deformable_attention_pytorch(value.to(dtype), [(5, 5)], locations, weights)
     want = deformable_attention_pytorch(value.to(dtype).float(), [(5, 5)], locations, weights)
     assert got.dtype == dtype and torch.equal(got, want.to(dtype))
@@ -194,7 +198,7 @@ def test_deformable_backend_is_logged_once(monkeypatch, caplog) -> None:
 
 
 def test_deformable_module_starts_by_looking_around() -> None:
-    """Offsets of point p: p + 1 cells in the head's direction; equal weights; heads look in different directions."""
+    """Point p lies p + 1 cells away; each head looks in a direction of its own; all weights are equal."""
     module = MSDeformAttn(d_model=32, n_levels=2, n_heads=8, n_points=3)
     offsets = module.sampling_offsets.bias.detach().view(8, 2, 3, 2)
     assert torch.allclose(offsets.abs().amax(-1), torch.tensor([1.0, 2.0, 3.0]).expand(8, 2, 3), atol=1e-6)

@@ -68,7 +68,9 @@ def test_the_watch_survives_a_resume() -> None:
     resumed = CollapseWatch()
     resumed.load_state_dict(watch.state_dict())
     assert resumed.update(2, {"target_variance": 0.05}) == []  # already said
-    assert len(resumed.update(3, {"rankme_dense_centred": 1.0})) == 1  # against the first value before the resume
+    assert (
+        len(resumed.update(3, {"rankme_dense_centred": 1.0})) == 1
+    )  # against the first value before the resume
 
 
 def held_out(images: int, seed: int, cells: int = 12, width: int = 5, channels: int = 3):
@@ -102,9 +104,7 @@ def test_held_out_numbers_against_numpy() -> None:
     for meter in [*meters, HeldOutMeter()]:  # a process without images adds nothing
         whole.merge(meter)
     got = whole.result()
-    target, predicted, hidden, noise = (
-        np.concatenate([batch[i] for batch in batches]) for i in range(1, 5)
-    )
+    target, predicted, hidden, noise = (np.concatenate([batch[i] for batch in batches]) for i in range(1, 5))
     overall = target.var(axis=(0, 1)).mean()
     at_cell = target.var(axis=0).mean()
     error = ((predicted - target) ** 2)[hidden].mean()

@@ -66,7 +66,7 @@ def test_a_state_survives() -> None:
     for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
         ours.grad = theirs.grad.clone()
     resumed = ClippedAdamW(other.parameters(), lr=0.1, max_norm=0.01)
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.step()
     resumed.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

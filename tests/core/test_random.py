@@ -13,7 +13,11 @@ from jepa_plugins.core.random import keyed_normal, keyed_uniform, sample_keys
 SAMPLES = torch.arange(16)
 # Regression pins of seed 7, stream "noise", samples 0, 1 and 1,000,000,000.
 KEYS = [-2274963019438967070, -3865875751171465603, -8296889682970717312]
-BITS = [[[5720703, 10951833], [4243879, 610786]], [[9393288, 15841057], [12700177, 15585766]], [[9982182, 880694], [16276282, 15536568]]]
+BITS = [
+    [[5720703, 10951833], [4243879, 610786]],
+    [[9393288, 15841057], [12700177, 15585766]],
+    [[9982182, 880694], [16276282, 15536568]],
+]
 NORMAL = [[-0.828973, 0.815673], [0.982908, 2.39979], [0.69614, -0.105112]]
 DRAWS = {"uniform": keyed_uniform, "normal": keyed_normal}
 
@@ -122,5 +126,3 @@ def test_hash_is_splitmix64() -> None:
 def test_shapes_that_do_not_fit_the_counter_are_refused(shape) -> None:
     with pytest.raises(ValueError, match="up to three axes"):
         keyed_uniform(sample_keys(0, SAMPLES[:1], "x"), shape)
-
-

@@ -1,61 +1,10 @@
-"""The decoder's sub-layers as functions, against torch's own modules put together as the published layers are."""
+"""The decoder's sub-layers as functions, against torch's modules put together as the published layers are."""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from published_like import WIDTH, PublishedLike, first
 
 from jepa_plugins.core.transformer import cross_attention_layer, feed_forward_layer, self_attention_layer
-
-WIDTH, HEADS = 16, 4
-
-
-class PublishedLike(nn.Module):
-    """A sub-layer that follows the published interface: sequence first, attention through torch's module."""
-
-    def __init__(self, kind: str, pre_norm: bool, dropout: float = 0.0) -> None:
-        super().__init__()
-        if kind == "ffn":
-            self.linear1, self.linear2 = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
-            self.activation = F.relu
-        else:
-            name = "self_attn" if kind == "self" else "multihead_attn"
-            self.add_module(name, nn.MultiheadAttention(WIDTH, HEADS))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.dropout = nn.Dropout(dropout)
-        self.normalize_before = pre_norm
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.3)
-
-    def run(self, inner, x):
-        """Residual and norm, in the order that `normalize_before` says; x [N, B, C]."""
-        if self.normalize_before:
-            return x + self.dropout(inner(self.norm(x)))
-        return self.norm(x + self.dropout(inner(x)))
-
-    def self_attention(self, x, query_pos, padding=None):
-        def inner(source):
-            placed = source if query_pos is None else source + query_pos
-            return self.self_attn(placed, placed, source, key_padding_mask=padding, need_weights=False)[0]
-
-        return self.run(inner, x)
-
-    def cross_attention(self, x, memory, pos, query_pos, padding=None, pos_on_value=False):
-        def inner(source):
-            key = memory + pos
-            value = key if pos_on_value else memory
-            query = source + query_pos
-            return self.multihead_attn(query, key, value, key_padding_mask=padding, need_weights=False)[0]
-
-        return self.run(inner, x)
-
-    def feed_forward(self, x):
-        return self.run(lambda source: self.linear2(self.dropout(self.activation(self.linear1(source)))), x)
-
-
-def first(tensor):
-    """Batch first <-> sequence first."""
-    return tensor.transpose(0, 1)
 
 
 @pytest.fixture()
@@ -110,9 +59,12 @@ def test_feed_forward(tensors, pre_norm) -> None:
 
 def test_dropout_follows_the_layers_mode(tensors) -> None:
     layer = PublishedLike("ffn", False, dropout=0.5)
-    outputs = {mode: [feed_forward_layer(layer.train(mode), tensors["x"]) for _ in range(2)] for mode in (0, 1)}
-    assert torch.equal(*outputs[0])
-    assert not torch.equal(*outputs[1])
+    outputs = {
+        mode: [feed_forward_layer(layer.train(mode), tensors["x"]) for _ in range(2)]
+        for mode in (False, True)
+    }
+    assert torch.equal(*outputs[False])
+    assert not torch.equal(*outputs[True])
 
 
 @pytest.mark.parametrize("masked", [False, True])

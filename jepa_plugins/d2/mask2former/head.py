@@ -74,8 +74,9 @@ class MaskFormerHead(nn.Module):
         """Version 1 checkpoints had the pixel decoder's tensors directly under the head."""
         version = local_metadata.get("version")
         if version is None or version < 2:
-            # The published head renames whatever it meets. Version 1 had no name under `pixel_decoder`, so leaving those
-            # alone also loads a current checkpoint that was saved as a plain dict and lost its versions.
+            # The published head renames whatever it meets. Version 1 had no name under `pixel_decoder`, so
+            # leaving those alone also loads a current checkpoint that was saved as a plain dict and lost its
+            # versions.
             ours = (f"{prefix}predictor", f"{prefix}pixel_decoder.")
             old = [k for k in state_dict if k.startswith(prefix) and not k.startswith(ours)]
             for key in old:

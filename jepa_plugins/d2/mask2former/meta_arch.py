@@ -1,4 +1,5 @@
-"""The MaskFormer meta-architecture: backbone, segmentation head, losses in training, three kinds of results else."""
+"""The MaskFormer meta-architecture: backbone, segmentation head, losses in training, three kinds of results
+else."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from .matcher import HungarianMatcher
 
 
 def build_criterion(cfg, num_classes: int) -> SetCriterion:
-    """The set criterion with the weights of `MODEL.MASK_FORMER`, for the last layer and, if asked, all before it."""
+    """The set criterion with the weights of `MODEL.MASK_FORMER`, for the last layer and, if asked, all
+    before it."""
     node = cfg.MODEL.MASK_FORMER
     matcher = HungarianMatcher(
         cost_class=node.CLASS_WEIGHT,
@@ -125,11 +127,12 @@ class MaskFormer(nn.Module):
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """
         Args:
-            batched_inputs: dicts with "image" uint8 [c, H, W]; in training "instances" with gt_classes [N] and gt_masks bool
-                [N, H, W]; else optionally "height" and "width" of the wanted results.
+            batched_inputs: dicts with "image" uint8 [c, H, W]; in training "instances" with gt_classes [N]
+                and gt_masks bool [N, H, W]; else optionally "height" and "width" of the wanted results.
 
         Returns:
-            In training the weighted losses; else one dict an image with "sem_seg", "panoptic_seg" and "instances", as switched on.
+            In training the weighted losses; else one dict an image with "sem_seg", "panoptic_seg" and
+            "instances", as switched on.
         """
         images = normalised_batch(batched_inputs, self.pixel_mean, self.pixel_std, self.size_divisibility)
         outputs = self.sem_seg_head(self.backbone(images.tensor))

@@ -1,4 +1,5 @@
-"""MSDeformAttn pixel decoder of Mask2Former: deformable encoder over strides 8-32, then an FPN to stride 4."""
+"""MSDeformAttn pixel decoder of Mask2Former: deformable encoder over strides 8-32, then an FPN to stride
+4."""
 
 from __future__ import annotations
 
@@ -124,7 +125,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
     Args:
         input_shape: features of the backbone.
         transformer_in_features: those that the deformable encoder reads (strides 8, 16, 32).
-        conv_dim: width C, a multiple of 32 (the group norms have 32 groups); mask_dim: channels of the mask features.
+        conv_dim: width C, a multiple of 32 (the group norms have 32 groups); mask_dim: channels of the mask
+            features.
         norm: of the FPN convolutions ("GN" or "").
         common_stride: of the mask features (4).
 
@@ -239,7 +241,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
             return self._encode(features)[: self.maskformer_num_feature_levels]
 
     def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Backbone features [B, C_i, H_i, W_i] by name -> (mask_features [B, mask_dim, H/4, W/4], the coarsest encoder map
+        """Backbone features [B, C_i, H_i, W_i] by name -> (mask_features [B, mask_dim, H/4, W/4], the
+        coarsest encoder map
         [B, C, H/32, W/32], three encoder maps from stride 32 to stride 8). float32 even under autocast."""
         with torch.autocast(next(iter(features.values())).device.type, enabled=False):
             out = self._encode(features)

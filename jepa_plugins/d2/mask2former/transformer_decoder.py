@@ -46,7 +46,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
 
     Args:
         in_channels: of the maps; hidden_dim: width C; mask_dim: channels of the mask features.
-        dec_layers: number of layers L (the configuration's DEC_LAYERS counts one more, for the loss on the queries).
+        dec_layers: number of layers L (the configuration's DEC_LAYERS counts one more, for the loss on the
+            queries).
         enforce_input_project: project the maps even when their width is C.
     """
 
@@ -141,8 +142,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             mask: ignored, as in the published decoder.
 
         Returns:
-            "pred_logits" [B, Q, classes + 1], "pred_masks" [B, Q, H/4, W/4] (logits), and "aux_outputs", the same two of the
-            queries themselves and of every layer but the last.
+            "pred_logits" [B, Q, classes + 1], "pred_masks" [B, Q, H/4, W/4] (logits), and "aux_outputs",
+            the same two of the queries themselves and of every layer but the last.
         """
         if len(x) != self.num_feature_levels:
             raise ValueError(f"the transformer decoder reads {self.num_feature_levels} maps, got {len(x)}")
@@ -174,7 +175,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
     def _predict(
         self, queries: Tensor, mask_features: Tensor, attention_size: torch.Size | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, Q, C] -> class logits, mask logits, and where each query may look next: bool [B, 1, Q, H_i * W_i]."""
+        """[B, Q, C] -> class logits, mask logits, and where each query may look next: bool [B, 1, Q, H_i *
+        W_i]."""
         normed = self.decoder_norm(queries)
         logits = self.class_embed(normed)
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(normed), mask_features)
