@@ -69,12 +69,13 @@ def assert_equal_states(one: dict, other: dict) -> None:
 )
 def test_every_trainable_parameter_gets_a_gradient_and_no_other(changes, untrained) -> None:
     model = tiny_model(changes).train()
-    for module in model.sem_seg_head.pixel_decoder.modules():
-        if isinstance(
-            module, MSDeformAttn
-        ):  # both start at zero, which stops the gradient of what is before them
+    for module in model.modules():
+        # What starts at zero stops the gradient of whatever stands before it.
+        if isinstance(module, MSDeformAttn):
             nn.init.normal_(module.sampling_offsets.weight, std=0.1)
             nn.init.normal_(module.attention_weights.weight, std=0.1)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
     sizes = ((128, 128), (128, 128)) if METHOD + "RECON_STRIDE" in changes else SQUARES
     losses = model(pictures(*sizes))
     sum(losses.values()).backward()

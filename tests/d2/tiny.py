@@ -61,7 +61,7 @@ def tiny_config(name: str = "mask_jepa", changes: dict | None = None, *, backbon
 
 
 def tiny_model(changes: dict | None = None, *, name: str = "mask_jepa", seed: int = 0):
-    """A model with random weights that depend on `seed` alone; a copy, since building takes longer than a step."""
+    """A model whose random weights depend on `seed` alone; a copy, since building takes its time."""
     return copy.deepcopy(_model(name, tuple((changes or {}).items()), seed))
 
 
