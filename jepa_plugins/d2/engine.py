@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
 
+from jepa_plugins.core.checkpoints import CheckpointError
 from jepa_plugins.d2 import solver
 from jepa_plugins.d2.checkpoint import Checkpointer
 from jepa_plugins.d2.data.catalog import check_num_classes, ensure_registered
@@ -193,6 +194,28 @@ class Trainer(DefaultTrainer):
         """As detectron2's; the data stream then starts where the run stands."""
         super().resume_or_load(resume)
         self._trainer.data_loader.start_iteration = self.start_iter
+        if hasattr(
+            self.scheduler, "max_iters"
+        ):  # a checkpoint holds it, but the configuration sets a run's length
+            self.scheduler.max_iters = self.max_iter
+
+    def state_dict(self) -> dict:
+        """Iteration, hooks, optimiser and scaler; detectron2's 0.6 tag leaves out the last two."""
+        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore them.
+
+        Raises:
+            CheckpointError: the optimiser's state is missing.
+        """
+        if "_trainer" not in state:
+            raise CheckpointError(
+                f"the last checkpoint in {self.cfg.OUTPUT_DIR} lacks the optimiser's state, so a run cannot resume "
+                "from it: start without --resume and give it as MODEL.WEIGHTS"
+            )
+        TrainerBase.load_state_dict(self, state)
+        self._trainer.load_state_dict(state["_trainer"])
 
     def build_hooks(self) -> list:
         """detectron2's, with ours before the checkpointer."""

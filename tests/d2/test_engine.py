@@ -21,6 +21,7 @@ from tiny import (  # noqa: E402
     train,
 )
 
+from jepa_plugins.core.checkpoints import CheckpointError  # noqa: E402
 from jepa_plugins.d2.engine import StartedLate, Trainer, amp_dtype, check_batch  # noqa: E402
 from jepa_plugins.d2.hooks import CollapseHook, TargetHook  # noqa: E402
 
@@ -138,6 +139,26 @@ def test_resuming_equals_never_having_stopped(config, changes) -> None:
     assert {**losses_of(stopped), **losses_of(resumed)} == want and len(want) == 6
 
 
+def test_a_longer_run_goes_on_from_a_shorter_one(config) -> None:
+    """The schedule's length is the configuration's, not the checkpoint's."""
+    train(config({"SOLVER.MAX_ITER": 2}))
+    resumed = train(config({"SOLVER.MAX_ITER": 4}), resume=True)
+    rates = [value for value, _ in resumed.storage.history("lr").values()]
+    assert rates[1:] == pytest.approx([0.001 * (1 - 3 / 4) ** 0.9])
+    assert int(resumed.model.step) == 4
+
+
+def test_a_checkpoint_without_the_optimiser_cannot_be_resumed(config) -> None:
+    trainer = train(config({"SOLVER.MAX_ITER": 2}))
+    path = Path(trainer.cfg.OUTPUT_DIR) / "model_final.pth"
+    content = torch.load(path, weights_only=True)
+    assert set(content["trainer"]["_trainer"]) == {"optimizer", "grad_scaler"}
+    del content["trainer"]["_trainer"]
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="lacks the optimiser's state, so a run cannot resume"):
+        Trainer(trainer.cfg).resume_or_load(True)
+
+
 def test_resuming_without_a_checkpoint_starts(config) -> None:
     assert train(config({"SOLVER.MAX_ITER": 1}), resume=True).start_iter == 0
 
@@ -152,9 +173,10 @@ def _process(rank: int, world: int, port: int, cfg, out: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    comm.create_local_process_group(world) if hasattr(comm, "create_local_process_group") else setattr(
-        comm, "_LOCAL_PROCESS_GROUP", torch.distributed.new_group(list(range(world)))
-    )
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(world)
+    else:  # the 0.6 tag: its launcher sets this
+        comm._LOCAL_PROCESS_GROUP = torch.distributed.new_group(list(range(world)))
     torch.manual_seed(rank)  # the first process's weights count
     trainer = Trainer(cfg)
     trainer.resume_or_load(False)
@@ -172,7 +194,11 @@ def test_two_processes_equal_one(config, tmp_path) -> None:
     torch.manual_seed(0)
     alone = Trainer(cfg)
     alone.train()
-    torch.multiprocessing.spawn(_process, (2, _free_port(), cfg, str(tmp_path)), nprocs=2)
+    # Forked processes need not import everything again, but cannot use CUDA's autograd threads.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(
+        _process, (2, _free_port(), cfg, str(tmp_path)), nprocs=2, start_method=method
+    )
     (one, losses), (other, _) = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
     want = alone.model.state_dict()
     assert one.keys() == other.keys() == want.keys()
