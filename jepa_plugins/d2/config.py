@@ -128,7 +128,9 @@ def add_solver_config(cfg: CfgNode) -> None:
 
 
 def add_jepa_config(cfg: CfgNode) -> None:
-    """Add every key of ours to detectron2's configuration, in place."""
+    """Add every key of ours to detectron2's configuration, in place; a second time changes nothing."""
+    if "MASK_JEPA" in cfg.MODEL:  # known already, under DETECTRON2_ENV_MODULE
+        return
     add_mask2former_config(cfg)
     add_mask_jepa_config(cfg)
     add_timm_config(cfg)
