@@ -77,17 +77,25 @@ def guarded(args):
         sys.exit(f"error: {text}")
 
 
-if __name__ == "__main__":
+def build_parser():
+    """detectron2's options and ours."""
     parser = default_argument_parser(__doc__)
     parser.add_argument(
         "--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code"
     )
-    arguments = parser.parse_args()
-    launch(
-        guarded,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    return parser
+
+
+if __name__ == "__main__":
+    arguments = build_parser().parse_args()
+    try:
+        launch(
+            guarded,
+            arguments.num_gpus,
+            num_machines=arguments.num_machines,
+            machine_rank=arguments.machine_rank,
+            dist_url=arguments.dist_url,
+            args=(arguments,),
+        )
+    except torch.multiprocessing.ProcessExitedException as error:  # a process that has said why
+        sys.exit(error.exit_code)

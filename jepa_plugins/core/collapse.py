@@ -76,8 +76,8 @@ class CollapseWatch:
                 self.warned.add(name)
                 sentences.append(
                     f"step {step}: the target is collapsing: {name} is {metrics[name]:.3g}, below "
-                    f"{floor:.0%} of its first value {first:.3g}. A falling loss means nothing now; lower the "
-                    "learning rate or raise the EMA momentum."
+                    f"{floor:.0%} of its first value {first:.3g}. A falling loss means nothing now; lower "
+                    "the learning rate or raise the EMA momentum."
                 )
         for sentence in sentences:
             logger.warning(sentence)

@@ -318,7 +318,9 @@ class MaskJEPAHead(nn.Module):
         loss = errors.sum() / count
         variance = channel_variance(normed[valid_flat.to(device)])
         metrics = {"target_variance": variance, "explained_variance": 1 - loss.detach() / variance}
-        maps = {"target": normed, "errors": errors.detach(), "hidden_count": hidden.sum()}
+        # Measures over cells and images are for images of one size: those cells that every image covers.
+        inside = normed if bool(valid.all()) else normed[:, valid_flat.all(0).to(device)]
+        maps = {"target": inside, "errors": errors.detach(), "hidden_count": hidden.sum()}
         return StepOutput({"loss_recon": loss}, metrics, maps)
 
     def denoise_loss(self, mask_features: Tensor, noise: Tensor, image: Tensor, valid: Tensor) -> StepOutput:

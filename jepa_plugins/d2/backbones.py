@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,7 +73,7 @@ class TimmBackbone(Backbone):
 def create_features(name: str, channels: int, kwargs: Mapping[str, Any]) -> tuple[nn.Module, list[int]]:
     """The features_only model and which of its stages have strides 4, 8, 16, 32 (the last of each)."""
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name[:8]}*")[:3]
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(
             f"MODEL.TIMM.NAME: timm has no model {name!r}"
             + (f"; perhaps {', '.join(close)}" if close else "")

@@ -211,8 +211,8 @@ class Trainer(DefaultTrainer):
         """
         if "_trainer" not in state:
             raise CheckpointError(
-                f"the last checkpoint in {self.cfg.OUTPUT_DIR} lacks the optimiser's state, so a run cannot resume "
-                "from it: start without --resume and give it as MODEL.WEIGHTS"
+                f"the last checkpoint in {self.cfg.OUTPUT_DIR} lacks the optimiser's state, so a run cannot "
+                "resume from it: start without --resume and give it as MODEL.WEIGHTS"
             )
         TrainerBase.load_state_dict(self, state)
         self._trainer.load_state_dict(state["_trainer"])

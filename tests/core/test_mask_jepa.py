@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from published_like import HEADS, WIDTH, Decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from jepa_plugins.core.distributed import mean_count
 from jepa_plugins.core.mask_jepa import (
     MaskJEPAHead,
     MaskJEPASettings,
@@ -383,6 +384,11 @@ def test_denoising_loss_by_hand(aim) -> None:
     spread = want.transpose(0, 2, 3, 1)[valid.numpy()].var(axis=0).mean()
     assert float(out.losses["loss_denoise"].detach()) == pytest.approx(loss, rel=1e-5)
     assert float(out.metrics["denoise_r2"]) == pytest.approx(1 - loss / spread, rel=1e-4)
+
+
+def test_a_count_is_at_least_one() -> None:
+    """Without processes the mean is the count itself; nothing to count must not divide by zero."""
+    assert [float(mean_count(count, torch.device("cpu"))) for count in (0, 1, 640)] == [1, 1, 640]
 
 
 # --- the whole step

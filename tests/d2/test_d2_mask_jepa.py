@@ -216,11 +216,13 @@ def test_an_evaluation_moves_nothing() -> None:
     assert_equal_states(state_of(model), before)
 
 
-@pytest.mark.parametrize("changes", [{}, TRAINED])
-def test_modes(changes) -> None:
+# The method freezes a backbone that would train by itself.
+@pytest.mark.parametrize(("changes", "trains"), [({"MODEL.TIMM.FREEZE": False}, False), (TRAINED, True)])
+def test_modes(changes, trains) -> None:
     model = tiny_model(changes).train()
     assert model.sem_seg_head.pixel_decoder.training and model.jepa.training
-    assert any(module.training for module in model.backbone.modules()) == bool(changes)
+    assert any(module.training for module in model.backbone.modules()) == trains
+    assert any(parameter.requires_grad for parameter in model.backbone.parameters()) == trains
     for target in (model.target_pixel_decoder, model.target_backbone):
         assert target is None or not any(module.training for module in target.modules())
     assert not any(module.training for module in model.eval().modules())
@@ -372,6 +374,14 @@ def test_a_loader_without_numbers_gets_them_from_the_step() -> None:
     model.step += 7
     assert model._sample_index(plain).tolist() == [14, 15]
     assert model._sample_index(pictures(*SQUARES)).tolist() == [0, 1]
+
+
+def test_measures_leave_out_padding() -> None:
+    """Images of 40 x 60 pixels are padded to 64 x 64: 5 x 8 of the 8 x 8 cells hold a picture."""
+    model = tiny_model()
+    maps = maps_of(model, pictures((40, 60), (40, 60)))
+    assert maps["target"].shape == (2, 40, 32)
+    assert maps_of(model, pictures(*SQUARES))["target"].shape == (2, 64, 32)
 
 
 # --- what is read and what is given
