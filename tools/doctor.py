@@ -41,9 +41,13 @@ COCO_ARCHIVES = ("zips/train2017", "zips/val2017", "annotations/annotations_trai
 # Folders that detectron2's built-in data sets look for, and a line that makes them ({root} is filled in).
 DATA_SETS: dict[str, tuple[tuple[str, ...], str]] = {
     "ADEChallengeData2016": (
-        ("images/training", "images/validation", "annotations/training", "annotations/validation"),
+        (
+            *("images/training", "images/validation"),
+            *("annotations_detectron2/training", "annotations_detectron2/validation"),
+        ),
         "curl -LO http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
-        " && unzip ADEChallengeData2016.zip -d {root}",
+        " && unzip -n ADEChallengeData2016.zip -d {root}"
+        " && python tools/prepare_data.py ade20k --out {root}/ADEChallengeData2016",
     ),
     "cityscapes": (
         ("leftImg8bit/train", "leftImg8bit/val", "gtFine/train", "gtFine/val"),

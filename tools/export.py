@@ -140,7 +140,8 @@ def key_map(weights: Iterable[str], info: Mapping[str, Any], options: Options) -
     """{name in the checkpoint: name in the export} of every tensor to keep."""
     parts = wanted_predictor_parts(info, options)
     names = {}
-    weights = list(weights)
+    # A batch norm that trained counts its batches; the frozen one of a fine-tuning model has no place for that.
+    weights = [name for name in weights if not name.endswith("num_batches_tracked")]
     for source, target in sources(weights, options.which).items():
         if target in options.drop:
             continue

@@ -17,17 +17,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.env import seed_all_rng
 from scipy.cluster.vq import kmeans2
 
-import jepa_plugins.d2  # noqa: F401  registers our models
 from jepa_plugins.core.images import crop_and_resize, read_image
-from jepa_plugins.d2.checkpoint import Checkpointer
-from jepa_plugins.d2.config import get_config
+from jepa_plugins.d2.cli import built_model, configuration, one_sentence
 from jepa_plugins.d2.data.catalog import ensure_registered
 from jepa_plugins.d2.data.mappers import build_mapper
 from jepa_plugins.d2.data.unlabelled import list_source
-from jepa_plugins.d2.engine import Trainer
 from jepa_plugins.d2.evaluation import SemanticEvaluator
 from jepa_plugins.d2.held_out import centred_box
 
@@ -35,15 +31,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 CLUSTERS = 5  # of the paper's figure 5
-
-
-def built(cfg: CfgNode, weights: str | None) -> torch.nn.Module:
-    """The model in eval mode; without weights as a run with this seed starts it."""
-    seed_all_rng(max(cfg.SEED, 0))
-    model = Trainer.build_model(cfg)
-    if weights:
-        Checkpointer(model, required=[""]).load(weights)
-    return model.eval()
 
 
 def coloured(labels: np.ndarray, colours: Sequence[Sequence[int]]) -> np.ndarray:
@@ -80,9 +67,9 @@ def draw_predictions(cfg: CfgNode, weights: dict[str, str], path: str, count: in
     truth, mapper = SemanticEvaluator(name, distributed=False), build_mapper(cfg, False)
     rows = [[read_image(r["file_name"]), coloured(truth.labels(r["file_name"]), colours)] for r in records]
     for file in weights.values():
-        model = built(cfg, file)
+        model = built_model(cfg, file)
         for row, record in zip(rows, records, strict=True):
-            result = model([mapper(record)])[0]["sem_seg"].argmax(0).numpy()
+            result = model([mapper(record)])[0]["sem_seg"].argmax(0).cpu().numpy()
             row.append(coloured(result, colours))
     save_grid(rows, ["image", "truth", *weights], path)
 
@@ -106,20 +93,13 @@ def draw_kmeans(cfg: CfgNode, weights: str, files: Sequence[str], path: str) -> 
     palette = (np.array(plt.get_cmap("tab10").colors[:CLUSTERS]) * 255).astype(np.uint8)
     rows: list[list[np.ndarray]] = [[image] for image in images]
     for file in (None, weights):
-        maps = built(cfg, file).features(batch)["stride4"].numpy()
+        maps = built_model(cfg, file).features(batch)["stride4"].cpu().numpy()
         for row, feature in zip(rows, maps, strict=True):
             row.append(coloured(clusters(feature), palette))
     save_grid(rows, ["image", "before pre-training", "after pre-training"], path)
 
 
-def configuration(args: argparse.Namespace) -> CfgNode:
-    """From the command line, on the CPU when there is no GPU."""
-    cfg = get_config(args.config_file, args.opts)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    return cfg
-
-
+@one_sentence
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -142,10 +122,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "predictions":
         draw_predictions(
-            configuration(args), dict(w.split("=", 1) for w in args.weights), args.out, args.count
+            configuration(args.config_file, args.opts),
+            dict(w.split("=", 1) for w in args.weights),
+            args.out,
+            args.count,
         )
     else:
-        draw_kmeans(configuration(args), args.weights, list_source(args.images)[: args.count], args.out)
+        draw_kmeans(
+            configuration(args.config_file, args.opts),
+            args.weights,
+            list_source(args.images)[: args.count],
+            args.out,
+        )
     print(args.out)
 
 

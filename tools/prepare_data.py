@@ -363,7 +363,33 @@ def build_parser() -> argparse.ArgumentParser:
         synthetic.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: {default})")
     synthetic.add_argument("--overwrite", action="store_true", help="replace generated data in the folder")
     synthetic.set_defaults(run=_run_synthetic)
+    ade20k = commands.add_parser("ade20k", help="ADE20K's semantic labels as detectron2 reads them")
+    ade20k.add_argument("--out", type=Path, required=True, help="the unpacked folder ADEChallengeData2016")
+    ade20k.set_defaults(run=_run_ade20k)
     return parser
+
+
+def _run_ade20k(args: argparse.Namespace) -> None:
+    """Shift the labels so that classes are 0 to 149 and "other objects" (0) becomes 255, which is ignored."""
+    for split in ("training", "validation"):
+        source, target = args.out / "annotations" / split, args.out / "annotations_detectron2" / split
+        files = sorted(source.glob("*.png"))
+        if not files:
+            raise DataError(
+                f"{source} holds no label images; unpack ADEChallengeData2016.zip and name its folder."
+            )
+        target.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            done = target / file.name
+            if done.exists():
+                continue
+            labels = np.asarray(Image.open(file))
+            if labels.dtype != np.uint8 or labels.ndim != 2:
+                raise DataError(f"{file} is no 8-bit label image; unpack ADEChallengeData2016.zip again.")
+            partial_file = done.with_suffix(".partial")
+            Image.fromarray(labels - np.uint8(1)).save(partial_file, format="PNG")  # 0 wraps to 255
+            os.replace(partial_file, done)
+        print(f"{target}: {len(files)} label images")
 
 
 def main(argv: list[str] | None = None) -> int:

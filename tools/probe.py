@@ -15,10 +15,10 @@ import json
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from figures import built, configuration
 
 from jepa_plugins.core.images import crop_and_resize, read_image, read_label_map
 from jepa_plugins.core.probes import confusion_matrix, fit_linear, scores, spread_subset
+from jepa_plugins.d2.cli import built_model, configuration, one_sentence
 from jepa_plugins.d2.data.catalog import ensure_registered
 
 STRIDE = 8
@@ -50,7 +50,7 @@ def cell_features(
             labels.append(
                 torch.from_numpy(at_cell_centres(truth, size[0] // STRIDE, size[1] // STRIDE)).flatten()
             )
-        features.append(model.features(inputs)["stride8"].flatten(2).transpose(1, 2).flatten(0, 1))
+        features.append(model.features(inputs)["stride8"].flatten(2).transpose(1, 2).flatten(0, 1).cpu())
     x, y = torch.cat(features), torch.cat(labels)
     return x[y != ignore], y[y != ignore]
 
@@ -65,6 +65,7 @@ def probe(model, train: str, val: str, size: tuple[int, int], most: int) -> dict
     return scores(confusion_matrix(y, classifier.predict(x), classes))
 
 
+@one_sentence
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -82,10 +83,10 @@ def main() -> None:
     args = parser.parse_args()
     if any(side % 32 for side in args.size):
         parser.error(f"--size {args.size[0]} {args.size[1]}: give multiples of 32")
-    cfg = configuration(args)
+    cfg = configuration(args.config_file, args.opts)
     ensure_registered([args.train, args.val])
     for weights in (None, *args.weights):
-        result = probe(built(cfg, weights), args.train, args.val, tuple(args.size), args.cells)
+        result = probe(built_model(cfg, weights), args.train, args.val, tuple(args.size), args.cells)
         print(
             json.dumps({"weights": weights or "untrained", **{k: round(v, 2) for k, v in result.items()}}),
             flush=True,

@@ -11,7 +11,6 @@ python tools/train_net.py --config-file ... --resume
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import torch
@@ -22,35 +21,31 @@ from detectron2.utils.logger import setup_logger
 
 import jepa_plugins.d2  # noqa: F401  registers our models
 from jepa_plugins.config_files import find_config
-from jepa_plugins.core.checkpoints import CheckpointError
-from jepa_plugins.core.images import ImageError
 from jepa_plugins.d2.checkpoint import Checkpointer
-from jepa_plugins.d2.config import get_config
+from jepa_plugins.d2.cli import configuration, one_sentence
 from jepa_plugins.d2.engine import Trainer, prepare_data
-
-USER_ERRORS = (ValueError, FileNotFoundError, KeyError, FloatingPointError, CheckpointError, ImageError)
 
 
 def setup(args):
     """The frozen configuration; without a GPU it runs on the CPU."""
     args.config_file = find_config(args.config_file)
-    cfg = get_config(args.config_file, args.opts)
-    moved = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
-    if moved:
-        cfg.MODEL.DEVICE = "cpu"
+    cfg = configuration(args.config_file, args.opts)
     cfg.freeze()
     default_setup(cfg, args)
-    logger = setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="jepa_plugins")
-    if moved:
-        logger.info("no GPU is available: running on the CPU")
+    setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="jepa_plugins")
     return cfg
 
 
+@one_sentence
 def main(args):
     """Train, or evaluate with --eval-only."""
     cfg = setup(args)
     if args.eval_only:
         prepare_data(cfg)
+        if cfg.MODEL.META_ARCHITECTURE == "MaskJEPA" and not cfg.DATASETS.UNLABELLED_TEST:
+            raise ValueError(
+                "DATASETS.UNLABELLED_TEST is empty: name held-out images to evaluate MaskJEPA on"
+            )
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, required=[""], trust=args.trust)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
@@ -61,20 +56,6 @@ def main(args):
     trainer = Trainer(cfg, trust=args.trust)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
-
-
-def guarded(args):
-    """`main`, with the package's one-sentence errors instead of a traceback; JEPA_TRACEBACK=1 shows it."""
-    import os
-
-    try:
-        return main(args)
-    except USER_ERRORS as error:
-        if os.environ.get("JEPA_TRACEBACK"):
-            raise
-        logging.getLogger("jepa_plugins").debug("", exc_info=True)
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.exit(f"error: {text}")
 
 
 def build_parser():
@@ -90,7 +71,7 @@ if __name__ == "__main__":
     arguments = build_parser().parse_args()
     try:
         launch(
-            guarded,
+            main,
             arguments.num_gpus,
             num_machines=arguments.num_machines,
             machine_rank=arguments.machine_rank,

@@ -257,6 +257,13 @@ class MaskJEPAHead(nn.Module):
         if settings.denoise_weight > 0:
             self.denoise = nn.Conv2d(mask_dim, image_channels, kernel_size=1)
 
+    def _count(self, cells: Tensor, device: torch.device) -> Tensor:
+        """Number of True cells; in training the mean over processes, which in evaluation may be out of step."""
+        count = int(cells.sum())
+        return (
+            mean_count(count, device) if self.training else torch.tensor(float(max(count, 1)), device=device)
+        )
+
     def predict(
         self, decoder: Any, feature: Tensor, hidden: Tensor, valid: Tensor, queries: Queries
     ) -> Tensor:
@@ -308,7 +315,7 @@ class MaskJEPAHead(nn.Module):
         hidden_flat, valid_flat = hidden.flatten(1), valid.flatten(1)
         queries = choose_queries(hidden_flat, valid_flat, self.settings.readout)
         counted = hidden_flat.gather(1, queries.index)  # all real queries, or the hidden ones among all cells
-        count = mean_count(int(counted.sum()), device) * normed.shape[-1]
+        count = self._count(counted, device) * normed.shape[-1]
         queries = Queries(
             queries.index.to(device), None if queries.valid is None else queries.valid.to(device)
         )
@@ -331,7 +338,7 @@ class MaskJEPAHead(nn.Module):
                 [B, H/4, W/4].
         """
         aim = noise if self.settings.denoise_target == "noise" else F.avg_pool2d(image, NOISE_CELL)
-        count = mean_count(int(valid.sum()), noise.device) * noise.shape[1]
+        count = self._count(valid, noise.device) * noise.shape[1]
         inside = valid.to(noise.device)
         errors = (self.denoise(mask_features).float() - aim).square() * inside[:, None]
         loss = errors.sum() / count

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode as CN
 from jepa_plugins.config_files import find_config
 from jepa_plugins.core.mask_jepa import MaskJEPASettings
 from jepa_plugins.d2.data import add_data_config
+from jepa_plugins.d2.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ def get_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: no such file. KeyError: an unknown key, named with the nearest known ones.
+        ValueError: a value of another type, or a file that is no plain yaml.
             ValueError: a key without a value.
     """
     if len(opts) % 2:
@@ -167,10 +169,13 @@ def get_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     add_jepa_config(cfg)
     path = find_config(config_file)
     try:
-        cfg.merge_from_file(path)
+        cfg.merge_from_other_cfg(CN(read_yaml(path)))
         cfg.merge_from_list(list(opts))
     except (KeyError, AssertionError) as error:
-        raise unknown_key(cfg, str(error.args[0] if error.args else error), path) from error
+        message = str(error.args[0] if error.args else error)
+        if "on-existent" not in message:
+            raise ValueError(f"{path} or the command line: {message}") from error
+        raise unknown_key(cfg, message, path) from error
     return cfg
 
 

@@ -30,6 +30,7 @@ from jepa_plugins.d2.evaluation import build_evaluator
 from jepa_plugins.d2.held_out import HeldOutEvaluator, build_held_out_loader
 from jepa_plugins.d2.hooks import CollapseHook, PretrainingNote, TargetHook, unwrapped
 from jepa_plugins.d2.mask_jepa import MaskJEPA
+from jepa_plugins.d2.registration import build_model
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class Loop(SimpleTrainer):
         self.device_type = unwrapped(model).device.type
         scaling = dtype == torch.float16 and self.device_type == "cuda"
         self.grad_scaler = torch.amp.GradScaler("cuda", enabled=scaling)
+        self.stepped = False  # whether the last iteration moved the weights
 
     def _autocast(self) -> Any:
         if self.dtype is None:
@@ -133,9 +135,11 @@ class Loop(SimpleTrainer):
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach() / self.accumulation
         self._write_metrics(sums, data_time)
+        self.optimizer.grad_norm = None
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        norm = self.optimizer.grad_norm  # None while the scaler has skipped every step
+        norm = self.optimizer.grad_norm
+        self.stepped = norm is not None  # the scaler skips a step whose gradients overflowed
         if norm is not None:
             get_event_storage().put_scalar("grad_norm", float(norm), smoothing_hint=False)
 
@@ -228,8 +232,6 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
         """The model, with a line on its size instead of its whole listing."""
-        from detectron2.modeling import build_model
-
         model = build_model(cfg)
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -274,7 +276,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict:
-        """MaskJEPA on DATASETS.UNLABELLED_TEST (nothing without it); other models as detectron2 does."""
+        """MaskJEPA on DATASETS.UNLABELLED_TEST; other models as detectron2 does."""
         if not isinstance(unwrapped(model), MaskJEPA):
             return super().test(cfg, model, evaluators)
         if not cfg.DATASETS.UNLABELLED_TEST:
@@ -286,10 +288,24 @@ class Trainer(DefaultTrainer):
 
 
 def prepare_data(cfg: CfgNode) -> None:
-    """Register the labelled data sets of a configuration and hold NUM_CLASSES to them."""
+    """What must hold of a configuration's data before anything runs.
+
+    Labelled data sets are registered and hold NUM_CLASSES; held-out images are there; a frozen backbone without
+    weights is warned about.
+    """
+    timm = cfg.MODEL.BACKBONE.NAME == "TimmBackbone"
     if cfg.MODEL.META_ARCHITECTURE == "MaskJEPA":
-        return
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    ensure_registered(names)
-    for name in names:
-        check_num_classes(cfg, name)
+        frozen = cfg.MODEL.MASK_JEPA.FREEZE_BACKBONE
+        if cfg.DATASETS.UNLABELLED_TEST:
+            build_held_out_loader(cfg)
+    else:
+        frozen = timm and cfg.MODEL.TIMM.FREEZE
+        names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+        ensure_registered(names)
+        for name in names:
+            check_num_classes(cfg, name)
+    if frozen and not cfg.MODEL.WEIGHTS and not (timm and cfg.MODEL.TIMM.WEIGHTS):
+        logger.warning(
+            "the backbone is frozen at random weights: give it some by MODEL.WEIGHTS%s, or let it train",
+            " or MODEL.TIMM.WEIGHTS" if timm else "",
+        )

@@ -30,8 +30,9 @@ class TargetHook(HookBase):
             self.model.update_target()
 
     def after_step(self) -> None:
-        """One update an iteration, however many micro-batches it had."""
-        self.model.update_target()
+        """One update an iteration that moved the weights, however many micro-batches it had."""
+        if self.trainer._trainer.stepped:
+            self.model.update_target()
 
     def after_train(self) -> None:
         """Give the update back."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_sem_seg_head
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import ImageList
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -22,10 +22,12 @@ from jepa_plugins.core.mask_jepa import (
     StepOutput,
     draw_noise,
     expand_noise,
+    valid_cells,
 )
 from jepa_plugins.core.random import sample_keys
 from jepa_plugins.d2.config import mask_jepa_settings
 from jepa_plugins.d2.inputs import normalised_batch
+from jepa_plugins.d2.registration import build_head
 
 # The noise is measured in these (in RGB order, 0..255), whatever the backbone's own normalisation.
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -86,7 +88,7 @@ class MaskJEPA(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("ema_pending", torch.zeros((), dtype=torch.bool))
         self._freeze_unused()
-        # Targets are copies of what the weights are once they are loaded; see `reset_target`.
+        # The checkpointer makes them copies again after it has loaded initial weights.
         self.target_pixel_decoder = target_copy(sem_seg_head.pixel_decoder)
         self.target_backbone = None if freeze_backbone else target_copy(backbone)
         self.train(self.training)
@@ -98,7 +100,7 @@ class MaskJEPA(nn.Module):
         former, jepa, head = cfg.MODEL.MASK_FORMER, cfg.MODEL.MASK_JEPA, cfg.MODEL.SEM_SEG_HEAD
         return {
             "backbone": backbone,
-            "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
+            "sem_seg_head": build_head(cfg, backbone.output_shape()),
             "head": MaskJEPAHead(
                 mask_jepa_settings(cfg),
                 feature_dim=head.CONVS_DIM,
@@ -155,12 +157,6 @@ class MaskJEPA(nn.Module):
             self.backbone.eval()
         return self
 
-    def reset_target(self) -> None:
-        """Make the targets equal to the online modules: once, after initial weights are loaded."""
-        ema_update(self.target_pixel_decoder, self.sem_seg_head.pixel_decoder, 0.0)
-        if self.target_backbone is not None:
-            ema_update(self.target_backbone, self.backbone, 0.0)
-
     def ema_momentum(self) -> float:
         """Of the next update of the target."""
         return momentum_at(int(self.step), self.total_steps, *self.ema)
@@ -202,7 +198,8 @@ class MaskJEPA(nn.Module):
         index = self._sample_index(batched_inputs)
         noise_keys = sample_keys(self.seed, index, "noise").to(x.device)
         noise = draw_noise(noise_keys, x.shape[1], (x.shape[2], x.shape[3]), settings.noise_sigma)
-        features = self._online_features(x + self.noise_factors * expand_noise(noise))
+        inside = valid_cells(sizes, (x.shape[2], x.shape[3]), 1).to(x.device)[:, None]
+        features = self._online_features(x + self.noise_factors * expand_noise(noise) * inside)
         decoder = self.sem_seg_head.pixel_decoder
         if settings.denoise_weight > 0:
             decoded = decoder.forward_features(features)

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from fvcore.common.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -57,3 +58,13 @@ def look_up(registry: Registry, name: str) -> Any:
             return registry.get(candidate)
     known = ", ".join(sorted(entry for entry, _ in registry))
     raise KeyError(f"no {name!r} in the registry {registry._name}; it holds: {known}")
+
+
+def build_head(cfg, input_shape) -> Any:
+    """The segmentation head that `MODEL.SEM_SEG_HEAD.NAME` names; ours also where it is called `JEPA<name>`."""
+    return look_up(SEM_SEG_HEADS_REGISTRY, cfg.MODEL.SEM_SEG_HEAD.NAME)(cfg, input_shape)
+
+
+def build_model(cfg) -> Any:
+    """The model that `MODEL.META_ARCHITECTURE` names, likewise, on `MODEL.DEVICE`."""
+    return look_up(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE)(cfg).to(cfg.MODEL.DEVICE)

@@ -61,7 +61,9 @@ def test_scores_of_a_known_matrix():
     assert matrix.tolist() == [[2, 1, 0], [0, 2, 0], [0, 0, 0]]
     got = scores(matrix)
     assert got["accuracy"] == pytest.approx(80.0)
-    assert got["mIoU"] == pytest.approx(100 * (2 / 3 + 2 / 3) / 2)  # the class that never occurs does not count
+    assert got["mIoU"] == pytest.approx(
+        100 * (2 / 3 + 2 / 3) / 2
+    )  # the class that never occurs does not count
 
 
 @given(st.integers(1, 5000), st.integers(1, 600))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,21 +148,11 @@ def test_a_target_is_whole_in_itself() -> None:
     assert target.lateral_convs[0] is target.adapter_1 and target.output_convs[0] is target.layer_1
 
 
-def test_reset_target_takes_loaded_weights() -> None:
-    model = tiny_model(TRAINED)
-    for parameter in model.sem_seg_head.pixel_decoder.parameters():
-        nn.init.normal_(parameter)
-    model.reset_target()
-    assert_equal_states(
-        model.target_pixel_decoder.state_dict(), model.sem_seg_head.pixel_decoder.state_dict()
-    )
-    assert_equal_states(model.target_backbone.state_dict(), model.backbone.state_dict())
-
-
 def run(model, optimizer, data, *, hook: bool) -> dict:
     """Train and give the final state, with the last update done."""
     if hook:
         by_hook = TargetHook(model)
+        by_hook.trainer = SimpleNamespace(_trainer=SimpleNamespace(stepped=True))
         by_hook.before_train()
         model.train()
         with EventStorage():
@@ -296,6 +287,15 @@ def test_any_size_and_mixed_sizes(changes, sizes) -> None:
     losses = model(pictures(*sizes))
     assert set(losses) == {"loss_recon", "loss_denoise"}
     assert all(bool(loss.isfinite()) and float(loss.detach()) > 0 for loss in losses.values())
+
+
+def test_padding_holds_no_noise() -> None:
+    noisy, clean = recorded(tiny_model(), pictures((96, 64), (70, 130)))
+    outside = torch.ones(2, 1, *clean.shape[-2:], dtype=torch.bool)
+    for i, (height, width) in enumerate([(96, 64), (70, 130)]):
+        outside[i, :, :height, :width] = False
+    assert not bool(noisy[outside.expand_as(noisy)].any()) and not bool(clean[outside.expand_as(clean)].any())
+    assert bool((noisy != clean)[~outside.expand_as(clean)].all())
 
 
 def test_greyscale_images() -> None:

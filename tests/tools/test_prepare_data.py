@@ -309,3 +309,19 @@ def test_progress_without_rich(
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     assert generate(tmp_path / "set") == 0
     assert "19/19" in capsys.readouterr().out
+
+
+def test_ade20k_labels_are_shifted_as_detectron2_reads_them(tmp_path, capsys):
+    for split in ("training", "validation"):
+        (tmp_path / "annotations" / split).mkdir(parents=True)
+        labels = np.arange(151, dtype=np.uint8).reshape(1, -1).repeat(2, axis=0)
+        Image.fromarray(labels).save(tmp_path / "annotations" / split / "a.png")
+    assert prepare_data.main(["ade20k", "--out", str(tmp_path)]) == 0
+    assert prepare_data.main(["ade20k", "--out", str(tmp_path)]) == 0  # again: nothing to do
+    shifted = np.asarray(Image.open(tmp_path / "annotations_detectron2/training/a.png"))
+    assert shifted[0].tolist() == [255, *range(150)]
+
+
+def test_ade20k_without_labels_is_one_sentence(tmp_path, capsys):
+    assert prepare_data.main(["ade20k", "--out", str(tmp_path)]) == 1
+    assert "holds no label images" in capsys.readouterr().err

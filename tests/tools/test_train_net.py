@@ -45,7 +45,7 @@ def images(tmp_path_factory) -> str:
 
 @pytest.fixture()
 def tool(monkeypatch):
-    """Run the tool in this process, since starting Python takes longer than a tiny run.
+    """Run the tool's main in this process, since starting Python takes longer than a tiny run.
 
     Gives the exit message, or None when it succeeds.
     """
@@ -56,7 +56,7 @@ def tool(monkeypatch):
     def run(*arguments: str) -> str | None:
         parser = train_net.build_parser()
         try:
-            train_net.guarded(parser.parse_args(list(arguments)))
+            train_net.main(parser.parse_args(list(arguments)))
         except SystemExit as stop:
             return str(stop.code)
         finally:

@@ -245,6 +245,13 @@ SCHEMES: dict[str, Callable[[str, Path, str], None]] = {
 }
 
 
+# Names that the published Mask2Former registers and detectron2 does not; ours derives the semantic truth.
+ALIASES = {
+    f"coco_2017_{split}_panoptic_with_sem_seg": f"coco_panoptic@coco@{split}2017"
+    for split in ("train", "val")
+}
+
+
 def ensure_registered(names: str | Iterable[str]) -> None:
     """Register every name that follows a scheme of this module and is not registered yet.
 
@@ -255,7 +262,7 @@ def ensure_registered(names: str | Iterable[str]) -> None:
     for name in [names] if isinstance(names, str) else names:
         if name in DatasetCatalog:
             continue
-        scheme, _, place = name.partition("@")
+        scheme, _, place = ALIASES.get(name, name).partition("@")
         root, _, split = place.rpartition("@")
         if scheme not in SCHEMES or not root or not split:
             raise ValueError(

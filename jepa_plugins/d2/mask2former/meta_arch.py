@@ -6,11 +6,11 @@ from __future__ import annotations
 import torch
 from detectron2.config import configurable
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_sem_seg_head
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import Tensor, nn
 
 from jepa_plugins.d2.inputs import normalised_batch
-from jepa_plugins.d2.registration import register_published
+from jepa_plugins.d2.registration import build_head, register_published
 
 from .criterion import SetCriterion
 from .inference import image_results
@@ -95,7 +95,7 @@ class MaskFormer(nn.Module):
     def from_config(cls, cfg) -> dict:
         """Arguments from detectron2's configuration."""
         backbone = build_backbone(cfg)
-        sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
+        sem_seg_head = build_head(cfg, backbone.output_shape())
         node = cfg.MODEL.MASK_FORMER
         return {
             "backbone": backbone,
