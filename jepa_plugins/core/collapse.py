@@ -93,6 +93,7 @@ class HeldOutMeter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._pooled: list[Tensor] = []
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach().double().cpu()
@@ -107,6 +108,7 @@ class HeldOutMeter:
             self._add("cell_square", target.square().sum(0))
             self._add("error", maps["errors"].sum() / target.shape[-1])
             self._add("hidden", maps["hidden_count"])
+            self._pooled.append(target.detach().mean(1).cpu())
         if "denoise_error" in maps:
             self._add("denoise_error", maps["denoise_error"])
             self._add("noise_count", maps["denoise_count"])
@@ -117,6 +119,7 @@ class HeldOutMeter:
         """Add what another process measured."""
         for name, value in other._sums.items():
             self._add(name, value)
+        self._pooled.extend(other._pooled)
 
     def result(self) -> dict[str, float]:
         """Metrics of everything seen; empty before the first batch."""
@@ -132,6 +135,8 @@ class HeldOutMeter:
                 "position_explained_variance": float(1 - at_cell / overall),
                 "explained_variance": float(1 - error / overall),
                 "explained_variance_beyond_position": float(1 - error / at_cell),
+                # Over all images, which a batch of training has too few of.
+                "rankme_pooled_centred": rank_me(torch.cat(self._pooled), centred=True),
             }
         if "denoise_error" in sums:
             mean = sums["noise_sum"] / sums["noise_count"]

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from golden_tools import GOLDEN, assert_close, fill_module, load, points, rectangles, tensor
@@ -122,7 +123,7 @@ def test_features_and_results_golden(filled):
     assert segments == meta["segments_info"]
     instances = result["instances"]
     order = instances.scores.argsort(descending=True, stable=True)
-    assert_close(instances.scores[order], want["instances_scores"], 1e-5)
+    assert_close(instances.scores[order], want["instances_scores"])
     assert (instances.pred_classes[order].numpy() == want["instances_classes"]).all()
     assert (instances.pred_masks[order].flatten(1).sum(1).numpy() == want["instances_areas"]).all()
 
@@ -147,9 +148,10 @@ def test_losses_and_gradients_golden(filled, monkeypatch):
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
         tolerance = max(5 * meta["losses_noise"][name], 1e-5 * abs(value))
-        assert abs(float(losses[name]) - value) <= tolerance, name
+        assert abs(losses[name].item() - value) <= tolerance, name
     filled.zero_grad()
     sum(losses.values()).backward()
     parameters = dict(filled.named_parameters())
-    for name, norm in meta["gradient_norms_points"].items():
-        assert float(parameters[name].grad.norm()) == pytest.approx(norm, rel=1e-3), name
+    norms = meta["gradient_norms_points"]
+    got = np.array([float(parameters[name].grad.norm()) for name in norms])
+    assert_close(got, np.array(list(norms.values())))

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,3 +72,15 @@ def test_a_failing_stage_ends_the_demo_with_its_log(tmp_path, capsys):
     with pytest.raises(SystemExit, match="the stage data failed") as stop:
         demo.Stages(tmp_path).run("data", "prepare_data.py", "synthetic", "--train", "none")
     assert "invalid int value" in str(stop.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "JEPA_FULL_DEMO" not in os.environ, reason="minutes: set JEPA_FULL_DEMO=1 to run the whole demo"
+)
+def test_the_whole_demo_is_informative(tmp_path):
+    command = [sys.executable, str(TOOLS / "demo.py"), "--out", str(tmp_path)]
+    assert subprocess.run(command).returncode == 0
+    result = json.loads((tmp_path / "full" / "demo.json").read_text())
+    assert result["informative"] and 15 <= result["without"]["mIoU"] <= 70 and result["without"]["PQ"] > 5
+    assert all(Path(picture).is_file() for picture in result["pictures"])
