@@ -160,18 +160,18 @@ def get_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: no such file. KeyError: an unknown key, named with the nearest known ones.
-        ValueError: a value of another type, or a file that is no plain yaml.
-            ValueError: a key without a value.
+        ValueError: a key without a value, a value of another type, or a file that is no plain yaml.
     """
     if len(opts) % 2:
         raise ValueError(f"overrides are pairs KEY VALUE, got {' '.join(map(str, opts))}")
     cfg = get_cfg()
     add_jepa_config(cfg)
     path = find_config(config_file)
+    values = CN(read_yaml(path))
     try:
-        cfg.merge_from_other_cfg(CN(read_yaml(path)))
+        cfg.merge_from_other_cfg(values)
         cfg.merge_from_list(list(opts))
-    except (KeyError, AssertionError) as error:
+    except (KeyError, ValueError, AssertionError) as error:
         message = str(error.args[0] if error.args else error)
         if "on-existent" not in message:
             raise ValueError(f"{path} or the command line: {message}") from error
