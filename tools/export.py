@@ -30,6 +30,7 @@ from jepa_plugins.core.checkpoints import (  # noqa: E402
     CheckpointError,
     below,
     describe,
+    drop_batch_counters,
     load_into,
     read_checkpoint,
     save_atomic,
@@ -140,8 +141,7 @@ def key_map(weights: Iterable[str], info: Mapping[str, Any], options: Options) -
     """{name in the checkpoint: name in the export} of every tensor to keep."""
     parts = wanted_predictor_parts(info, options)
     names = {}
-    # A batch norm that trained counts its batches; the frozen one of a fine-tuning model has no place for that.
-    weights = [name for name in weights if not name.endswith("num_batches_tracked")]
+    weights = list(weights)
     for source, target in sources(weights, options.which).items():
         if target in options.drop:
             continue
@@ -245,8 +245,9 @@ def prove(path: Path, model: nn.Module) -> str:
     """
     content = read_checkpoint(path)
     weights, manifest = state_dict_of(content), content["jepa_export"]
+    counters = drop_batch_counters(weights, model)
     report = load_into(model, weights, source=str(path))
-    if report.unexpected or len(report.loaded) != manifest["tensors"]:
+    if report.unexpected or len(report.loaded) != manifest["tensors"] - counters:
         raise CheckpointError(
             f"the fine-tuning model took {len(report.loaded)} of {manifest['tensors']} tensors (no place for "
             f"{report.unexpected[:2]}): give a config with the pre-training run's backbone and decoder sizes"

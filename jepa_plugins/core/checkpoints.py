@@ -418,6 +418,18 @@ def _versions_for(weights: Mapping[str, Tensor], model: nn.Module) -> Mapping[st
     return OrderedDict((path, dict(entry)) for path, entry in versions.items() if path not in unknown)
 
 
+def drop_batch_counters(weights: OrderedDict[str, Tensor], model: nn.Module) -> int:
+    """Take out, in place, the batch counters that `model` has no place for; returns how many.
+
+    A batch norm that trained counts its batches; the frozen one that replaces it in another configuration does not.
+    """
+    held = model.state_dict().keys()
+    surplus = [name for name in weights if name.endswith("num_batches_tracked") and name not in held]
+    for name in surplus:
+        del weights[name]
+    return len(surplus)
+
+
 def check_finite(weights: Mapping[str, Tensor], source: str = "the checkpoint") -> None:
     """Raise CheckpointError that names the first tensors with NaN or infinite values."""
     bad = [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]

@@ -21,6 +21,7 @@ from jepa_plugins.core.checkpoints import (
     atomic_write,
     below,
     check_file,
+    drop_batch_counters,
     load_into,
     read_checkpoint,
     save_atomic,
@@ -170,6 +171,7 @@ class Checkpointer(DetectionCheckpointer):
         self._advise(checkpoint)
         if self._by_heuristics or checkpoint.get("matching_heuristics", False):
             weights = self._align(weights, caffe2=checkpoint.get("__author__") == "Caffe2")
+        counters = drop_batch_counters(weights, self.model) if export else 0
         copied = [] if self._resuming else self._targets_missing_in(weights)
         report = load_into(
             self.model,
@@ -185,7 +187,7 @@ class Checkpointer(DetectionCheckpointer):
         # old files hold these, current models compute them
         report.unexpected = [k for k in report.unexpected if "anchor_generator.cell_anchors" not in k]
         if export:
-            self._keep_promise(export, report)
+            self._keep_promise(export, report, counters)
         self._start_targets(copied, report)
         self.report = report
         return _IncompatibleKeys(report.missing, report.unexpected, [])
@@ -241,8 +243,8 @@ class Checkpointer(DetectionCheckpointer):
                     own[name].copy_(own[online + name[len(target) :]])
             self.logger.info("%s starts as a copy of %s", target, online)
 
-    def _keep_promise(self, export: Mapping[str, Any], report: LoadReport) -> None:
-        promised = int(export["tensors"]) - len(report.left_out)
+    def _keep_promise(self, export: Mapping[str, Any], report: LoadReport, counters: int) -> None:
+        promised = int(export["tensors"]) - len(report.left_out) - counters
         if len(report.loaded) < promised:
             unused = f" (no place for {', '.join(report.unexpected[:2])})" if report.unexpected else ""
             raise CheckpointError(

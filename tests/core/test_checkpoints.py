@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from jepa_plugins.core.checkpoints import (
     CheckpointError,
     describe,
+    drop_batch_counters,
     load_into,
     read_checkpoint,
     save_atomic,
@@ -449,3 +450,15 @@ def test_tied_tensors_count_once() -> None:
     report = load_into(Tied(), {k: v for k, v in weights.items() if k.startswith("a.")}, required=[""])
     assert not report.missing
     assert not load_into(Tied(), weights).renamed
+
+
+def test_batch_counters_without_a_place_are_taken_out():
+    trained, frozen = (
+        nn.Sequential(nn.BatchNorm2d(3)),
+        nn.Sequential(nn.BatchNorm2d(3, track_running_stats=True)),
+    )
+    del frozen[0]._buffers["num_batches_tracked"]
+    weights = trained.state_dict()
+    assert drop_batch_counters(weights, trained) == 0
+    assert drop_batch_counters(weights, frozen) == 1
+    assert "0.num_batches_tracked" not in weights and "0.running_mean" in weights

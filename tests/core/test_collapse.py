@@ -109,12 +109,16 @@ def test_held_out_numbers_against_numpy() -> None:
     at_cell = target.var(axis=0).mean()
     error = ((predicted - target) ** 2)[hidden].mean()
     variance = noise.transpose(0, 2, 3, 1).reshape(-1, 3).var(axis=0).mean()
+    pooled = target.mean(1)
+    shares = np.linalg.svd(pooled - pooled.mean(0), compute_uv=False)
+    shares = shares / shares.sum()
     assert got == pytest.approx(
         {
             "target_variance": overall,
             "position_explained_variance": 1 - at_cell / overall,
             "explained_variance": 1 - error / overall,
             "explained_variance_beyond_position": 1 - error / at_cell,
+            "rankme_pooled_centred": np.exp(-(shares * np.log(shares)).sum()),
             "denoise_r2": 1 - ((noise * 0.5) ** 2).mean() / variance,
         },
         rel=1e-4,

@@ -109,4 +109,4 @@ def test_processes_add_up(cfg, monkeypatch) -> None:
             evaluators[1 + i % 2].process(batch, outputs)
     whole = evaluators[0].evaluate()["held_out"]
     monkeypatch.setattr(comm, "gather", lambda meter: [evaluators[1].meter, evaluators[2].meter])
-    assert evaluators[1].evaluate()["held_out"] == pytest.approx(whole, rel=1e-9)
+    assert evaluators[1].evaluate()["held_out"] == pytest.approx(whole, rel=1e-5)
