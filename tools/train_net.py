@@ -42,6 +42,10 @@ def main(args):
     cfg = setup(args)
     if args.eval_only:
         prepare_data(cfg)
+        if not (cfg.MODEL.WEIGHTS or args.resume):
+            raise ValueError(
+                "--eval-only needs a checkpoint: set MODEL.WEIGHTS, or --resume for the last one"
+            )
         if cfg.MODEL.META_ARCHITECTURE == "MaskJEPA" and not cfg.DATASETS.UNLABELLED_TEST:
             raise ValueError(
                 "DATASETS.UNLABELLED_TEST is empty: name held-out images to evaluate MaskJEPA on"

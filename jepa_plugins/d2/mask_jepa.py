@@ -136,6 +136,11 @@ class MaskJEPA(nn.Module):
         them."""
         if self.freeze_backbone:
             self.backbone.requires_grad_(False)
+        elif not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            raise ValueError(
+                "MODEL.MASK_JEPA.FREEZE_BACKBONE is False, but the backbone is frozen: set it to True, or "
+                "MODEL.TIMM.FREEZE to False (MODEL.BACKBONE.FREEZE_AT to 0)"
+            )
         used = PREDICTOR_PARTS if self.settings.recon_weight > 0 else ()
         other_levels = re.compile(rf"input_proj\.(?!{self.settings.level}\.)")
         for name, parameter in self.sem_seg_head.predictor.named_parameters():

@@ -10,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("detectron2")
 
+from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 from tiny import pictures, steps, tiny_config, tiny_model  # noqa: E402
 
@@ -449,3 +450,10 @@ def test_mixed_precision_gives_finite_losses_close_to_float32() -> None:
     for name, loss in rough.items():
         assert loss.dtype == torch.float32
         assert float(loss.detach()) == pytest.approx(float(exact[name].detach()), rel=0.05)
+
+
+def test_a_backbone_that_should_train_but_is_frozen_is_refused():
+    cfg = tiny_config(changes={"MODEL.MASK_JEPA.FREEZE_BACKBONE": False})
+    cfg.MODEL.TIMM.FREEZE = True
+    with pytest.raises(ValueError, match="FREEZE_BACKBONE is False, but the backbone is frozen"):
+        build_model(cfg)
