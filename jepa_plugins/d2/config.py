@@ -64,6 +64,10 @@ def add_mask2former_config(cfg: CfgNode) -> None:
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
 
+    _add_swin_config(cfg)
+
+
+def _add_swin_config(cfg: CfgNode) -> None:
     swin = cfg.MODEL.SWIN = CN()
     swin.PRETRAIN_IMG_SIZE = 224
     swin.PATCH_SIZE = 4
