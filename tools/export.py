@@ -36,7 +36,7 @@ from jepa_plugins.core.checkpoints import (  # noqa: E402
     save_atomic,
     state_dict_of,
 )
-from jepa_plugins.core.mask_jepa import PREDICTOR_PARTS  # noqa: E402
+from jepa_plugins.core.settings import PREDICTOR_PARTS  # noqa: E402
 
 FORMAT = 1
 PIXEL_DECODER = "sem_seg_head.pixel_decoder"

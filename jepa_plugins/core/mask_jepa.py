@@ -7,8 +7,7 @@ serves.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,200 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_plugins.core.distributed import mean_count
-from jepa_plugins.core.random import keyed_normal, keyed_uniform
-from jepa_plugins.core.transformer import cross_attention_layer, feed_forward_layer, self_attention_layer
-
-READOUTS = ("spatial_queries", "masked_queries")
-DENOISE_TARGETS = ("noise", "image")
-NOISE_CELL = 4  # pixels: the denoised feature has stride 4 (section 3.4)
-LEVEL_STRIDES = (32, 16, 8)  # of the pixel decoder's maps, in its order
-# Parameters of the transformer decoder that the predictor uses, by the first part of their names.
-PREDICTOR_PARTS = (
-    "transformer_cross_attention_layers",
-    "transformer_self_attention_layers",
-    "transformer_ffn_layers",
-    "decoder_norm",
-    "level_embed",
-    "input_proj",
+from jepa_plugins.core.masking import NOISE_CELL, draw_tiles, hidden_cells, valid_cells
+from jepa_plugins.core.predictor import (
+    Level,
+    Queries,
+    SelfAttentionBlock,
+    choose_queries,
+    decoder_layers,
+    masked_memory,
+    run_layers,
 )
-
-
-@dataclass(frozen=True)
-class MaskJEPASettings:
-    """The method's hyper-parameters; the defaults are the paper's (section 4.1).
-
-    Args:
-        noise_sigma: standard deviation of the noise in units of ImageNet's per-channel standard deviation.
-        mask_ratio: share of tiles hidden, 0 < ratio < 1.
-        mask_patch: side p of a tile in cells of the reconstructed map.
-        recon_stride: stride of the reconstructed map: 8, 16 or 32.
-        self_attention_blocks: M extra blocks after the decoder's own layers.
-        readout: one query per cell ("spatial_queries") or per hidden cell ("masked_queries").
-        denoise_target: what the 1x1 convolution predicts: the "noise" or the clean "image".
-        recon_weight, denoise_weight: of the two losses; 0 turns a loss off.
-
-    Raises:
-        ValueError: one sentence for a value that makes no sense.
-    """
-
-    noise_sigma: float = 0.4
-    mask_ratio: float = 0.5
-    mask_patch: int = 8
-    recon_stride: int = 8
-    self_attention_blocks: int = 2
-    readout: str = "spatial_queries"
-    denoise_target: str = "noise"
-    recon_weight: float = 1.0
-    denoise_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        problems = [
-            (self.noise_sigma < 0, f"the noise's sigma must not be negative, got {self.noise_sigma}"),
-            (not 0 < self.mask_ratio < 1, f"the mask ratio must lie between 0 and 1, got {self.mask_ratio}"),
-            (self.mask_patch < 1, f"a mask patch has at least one cell, got {self.mask_patch}"),
-            (self.recon_stride not in LEVEL_STRIDES, f"the stride is 8, 16 or 32, got {self.recon_stride}"),
-            (self.self_attention_blocks < 0, f"M must not be negative, got {self.self_attention_blocks}"),
-            (self.readout not in READOUTS, f"the read-out is one of {READOUTS}, got {self.readout!r}"),
-            (self.denoise_target not in DENOISE_TARGETS, f"the target is one of {DENOISE_TARGETS}"),
-            (min(self.recon_weight, self.denoise_weight) < 0, "loss weights must not be negative"),
-            (
-                self.recon_weight == self.denoise_weight == 0,
-                "both losses are off, so there is nothing to train",
-            ),
-            (
-                self.denoise_weight > 0 and self.denoise_target == "noise" and self.noise_sigma == 0,
-                "predicting the noise makes no sense with sigma 0",
-            ),
-        ]
-        for wrong, sentence in problems:
-            if wrong:
-                raise ValueError(sentence)
-
-    @property
-    def level(self) -> int:
-        """Index of the reconstructed map in the pixel decoder's list."""
-        return LEVEL_STRIDES.index(self.recon_stride)
-
-
-def draw_noise(keys: Tensor, channels: int, size: tuple[int, int], sigma: float) -> Tensor:
-    """Noise at a quarter of the image's resolution (section 3.2).
-
-    Args:
-        keys: int64 [B], of `sample_keys`; size: (H, W) of the image batch in pixels.
-
-    Returns:
-        float32 [B, channels, H/4, W/4], standard deviation `sigma`.
-
-    Raises:
-        ValueError: when H or W is no multiple of 4.
-    """
-    if size[0] % NOISE_CELL or size[1] % NOISE_CELL:
-        raise ValueError(f"the noise needs image sides that are multiples of {NOISE_CELL}, got {size}")
-    return sigma * keyed_normal(keys, (channels, size[0] // NOISE_CELL, size[1] // NOISE_CELL))
-
-
-def expand_noise(noise: Tensor) -> Tensor:
-    """[B, c, H/4, W/4] -> [B, c, H, W]: each value fills its 4x4 cell."""
-    return noise.repeat_interleave(NOISE_CELL, dim=-2).repeat_interleave(NOISE_CELL, dim=-1)
-
-
-def valid_cells(image_sizes: Sequence[tuple[int, int]], grid: tuple[int, int], stride: int) -> Tensor:
-    """Cells that a picture covers, at least in part: bool [B, H, W] on the CPU."""
-    covered = torch.tensor([(math.ceil(h / stride), math.ceil(w / stride)) for h, w in image_sizes])
-    rows = torch.arange(grid[0]) < covered[:, :1]
-    columns = torch.arange(grid[1]) < covered[:, 1:]
-    return rows[:, :, None] & columns[:, None, :]
-
-
-def draw_tile_mask(keys: Tensor, valid: Tensor, patch: int, ratio: float) -> Tensor:
-    """Hide exactly floor(ratio * tiles + 0.5) tiles of each image (section 3.3).
-
-    Args:
-        keys: int64 [B]; valid: bool [B, H, W], cells inside the image. Tiles of patch x patch cells start at
-            the top left; those at the right and bottom border may be partial.
-
-    Returns:
-        bool [B, H, W], True where hidden; never outside the image.
-
-    Raises:
-        ValueError: when a tile is larger than half of an image's map, or none, or all, would be hidden.
-    """
-    _, height, width = valid.shape
-    smallest = int(torch.minimum(valid.any(2).sum(1), valid.any(1).sum(1)).min())
-    if 2 * patch > smallest:
-        raise ValueError(
-            f"a mask patch of {patch}x{patch} cells is larger than half of an image's map, whose smaller "
-            f"side has {smallest} cells; make the mask patch smaller or the images larger"
-        )
-    inside = F.max_pool2d(valid[:, None].float(), patch, ceil_mode=True)[:, 0] > 0
-    scores = keyed_uniform(keys, tuple(inside.shape[1:])).masked_fill(~inside, 2.0).flatten(1)
-    tiles = inside.flatten(1).sum(1)
-    hidden = (ratio * tiles.double() + 0.5).floor().long()
-    if bool(((hidden == 0) | (hidden == tiles)).any()):
-        raise ValueError(
-            f"a map of {height}x{width} cells has {int(tiles.min())} tiles of {patch}x{patch}: with a mask "
-            f"ratio of {ratio} nothing or everything would be hidden; make the mask patch smaller "
-            "or the images larger"
-        )
-    # Stable, so that two equal scores are ordered alike whatever padding stands beside them.
-    rank = scores.argsort(dim=1, stable=True).argsort(dim=1)
-    chosen = (rank < hidden[:, None]).view_as(inside)
-    cells = chosen.repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)
-    return cells[:, :height, :width] & valid
-
-
-class SelfAttentionBlock(nn.Module):
-    """Self-attention and FFN with residuals and post-norm: one of the M extra blocks, for pre-training
-    only."""
-
-    def __init__(self, width: int, heads: int, feedforward: int) -> None:
-        super().__init__()
-        self.attention = _Named(self_attn=nn.MultiheadAttention(width, heads), norm=nn.LayerNorm(width))
-        self.ffn = _Named(
-            linear1=nn.Linear(width, feedforward),
-            linear2=nn.Linear(feedforward, width),
-            norm=nn.LayerNorm(width),
-        )
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-
-    def forward(self, x: Tensor, query_pos: Tensor | None, mask: Tensor | None) -> Tensor:
-        """[B, N, C] -> [B, N, C]; mask bool [B, 1, 1, N], True for real queries."""
-        return feed_forward_layer(self.ffn, self_attention_layer(self.attention, x, query_pos, mask))
-
-
-class _Named(nn.Module):
-    """Sub-layers under the attribute names that `core.transformer` reads."""
-
-    def __init__(self, **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-
-@dataclass
-class Queries:
-    """The predictor's queries: `index` int64 [B, N] of their cells, `valid` bool [B, N] or None when all are
-    real."""
-
-    index: Tensor
-    valid: Tensor | None
-
-
-def choose_queries(hidden: Tensor, valid: Tensor, readout: str) -> Queries:
-    """Cells that get a query: all of the image, or the hidden ones; short rows are filled up with other
-    cells.
-
-    Args:
-        hidden, valid: bool [B, cells], on the CPU, so that counting them stalls no accelerator.
-    """
-    wanted = hidden if readout == "masked_queries" else valid
-    counts = wanted.sum(1)
-    longest = int(counts.max())
-    index = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-    full = bool((counts == longest).all())
-    return Queries(index, None if full else wanted.gather(1, index))
+from jepa_plugins.core.settings import LEVEL_STRIDES, QUERY_TABLES, MaskJEPASettings
 
 
 @dataclass
@@ -228,9 +44,14 @@ class MaskJEPAHead(nn.Module):
 
     Args:
         settings: the method's options.
-        feature_dim: channels C of the pixel decoder's maps; mask_dim: of its stride-4 map.
+        feature_dim: channels C of the pixel decoder's maps; mask_dim: of its stride-4 mask features.
         hidden_dim, heads, feedforward: of the transformer decoder.
         image_channels: of the input.
+        num_queries, grid: the decoder's number of queries and the (height, width) in cells of the one map that
+            the read-out "query_mix" serves; no other read-out needs them.
+
+    Raises:
+        ValueError: a read-out "query_mix" without them, or between different widths.
     """
 
     def __init__(
@@ -243,19 +64,37 @@ class MaskJEPAHead(nn.Module):
         heads: int,
         feedforward: int,
         image_channels: int = 3,
+        num_queries: int | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings
+        self.grid = grid
         if settings.recon_weight > 0:
             self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(feature_dim), std=0.02))
-            self.query = nn.Parameter(nn.init.trunc_normal_(torch.empty(hidden_dim), std=0.02))
             self.self_attention_blocks = nn.ModuleList(
                 SelfAttentionBlock(hidden_dim, heads, feedforward)
                 for _ in range(settings.self_attention_blocks)
             )
-            self.prediction = nn.Linear(hidden_dim, feature_dim)
+            if settings.readout == "query_mix":
+                self.prediction = self._mixing(feature_dim, hidden_dim, num_queries)
+            else:
+                self.query = nn.Parameter(nn.init.trunc_normal_(torch.empty(hidden_dim), std=0.02))
+                self.prediction = nn.Linear(hidden_dim, feature_dim)
         if settings.denoise_weight > 0:
-            self.denoise = nn.Conv2d(mask_dim, image_channels, kernel_size=1)
+            channels = mask_dim if settings.denoise_feature == "mask_features" else feature_dim
+            self.denoise = nn.Conv2d(channels, image_channels, kernel_size=1)
+
+    def _mixing(self, feature_dim: int, hidden_dim: int, num_queries: int | None) -> nn.Linear:
+        if num_queries is None or self.grid is None:
+            raise ValueError("the read-out query_mix needs the number of queries and the grid of the map")
+        if feature_dim != hidden_dim:
+            raise ValueError(
+                f"the read-out query_mix mixes queries of width {hidden_dim} into cells of {feature_dim} "
+                "channels, and the two must be equal: set MODEL.MASK_FORMER.HIDDEN_DIM and "
+                "MODEL.SEM_SEG_HEAD.CONVS_DIM alike, or use another read-out"
+            )
+        return nn.Linear(num_queries, self.grid[0] * self.grid[1])
 
     def _count(self, cells: Tensor, device: torch.device) -> Tensor:
         """Number of True cells; in training the mean over processes, which in evaluation may be out of step."""
@@ -264,83 +103,111 @@ class MaskJEPAHead(nn.Module):
             mean_count(count, device) if self.training else torch.tensor(float(max(count, 1)), device=device)
         )
 
-    def predict(
-        self, decoder: Any, feature: Tensor, hidden: Tensor, valid: Tensor, queries: Queries
-    ) -> Tensor:
-        """Fill the hidden cells and let the transformer decoder's own layers predict them (eq. 3 to 5).
+    def _initial_queries(self, decoder: Any, pos: Tensor, queries: Queries) -> tuple[Tensor, Tensor]:
+        """X_0 and its positions, both broadcastable to [B, N, hidden_dim]."""
+        batch = queries.index.shape[0]
+        if self.settings.readout != "query_mix":
+            place = pos[0][queries.index]
+            return self.query.to(pos.dtype).expand(*queries.index.shape, -1), place
+        tables = [getattr(decoder, name, None) for name in QUERY_TABLES]
+        if None in tables:
+            raise ValueError(
+                f"the read-out query_mix trains the decoder's own {' and '.join(QUERY_TABLES)}, which "
+                f"{type(decoder).__name__} lacks: use another read-out"
+            )
+        content, place = (table.weight.to(pos.dtype).expand(batch, -1, -1) for table in tables)
+        return content, place
+
+    def _read_out(self, x: Tensor, queries: Queries) -> Tensor:
+        """Queries [B, N, hidden_dim] -> predictions [B, n, C] of the cells `queries.index`."""
+        if self.settings.readout != "query_mix":
+            return self.prediction(x)
+        cells = self.prediction(x.transpose(1, 2)).transpose(1, 2)
+        return cells.gather(1, queries.index[..., None].expand(-1, -1, cells.shape[-1]))
+
+    def predict(self, decoder: Any, levels: Mapping[int, Level], queries: Queries) -> Tensor:
+        """Let the transformer decoder's own layers predict cells of the reconstructed map (eq. 3 to 5).
 
         Args:
             decoder: the transformer decoder, read by its published attribute names.
-            feature: [B, C, H, W], the online map; hidden, valid: bool [B, H*W]; queries: on the map's device.
+            levels: by index, the maps that the layers read; queries: the cells, on the maps' device.
 
         Returns:
-            [B, N, C], one prediction per query.
+            [B, N, C], one prediction per cell.
+
+        Raises:
+            ValueError: the read-out "query_mix" on a map of another size, or on a decoder without queries.
         """
-        level = self.settings.level
-        cells = feature.flatten(2).transpose(1, 2)
-        filled = torch.where(hidden[..., None], self.mask_token.to(cells.dtype), cells)
-        as_map = filled.transpose(1, 2).unflatten(-1, feature.shape[-2:])
-        memory = decoder.input_proj[level](as_map).flatten(2).transpose(1, 2)
-        memory = memory + decoder.level_embed.weight[level]
-        pos = decoder.pe_layer(feature[:1]).flatten(2).transpose(1, 2).to(memory.dtype)
-        key_mask = None if bool(valid.all()) else valid[:, None, None, :].to(memory.device)
-        self_mask = None if queries.valid is None else queries.valid[:, None, None, :]
+        settings = self.settings
+        order = settings.reading_order(len(decoder_layers(decoder)))
+        memories = {i: masked_memory(decoder, i, levels[i], self.mask_token) for i in sorted(set(order))}
+        if settings.placement == "image":
+            for memory in memories.values():
+                for block in self.self_attention_blocks:
+                    memory.tokens = block(memory.tokens, memory.pos, memory.mask)
+        feature = levels[settings.level].feature
+        if settings.readout == "query_mix" and tuple(feature.shape[-2:]) != self.grid:
+            height, width = self.grid or (0, 0)
+            raise ValueError(
+                f"the read-out query_mix is bound to maps of {height}x{width} cells, got "
+                f"{feature.shape[-2]}x{feature.shape[-1]}: give images of INPUT.PRETRAIN_CROP_SIZE, or use "
+                "another read-out"
+            )
+        pos = decoder.pe_layer(feature[:1]).flatten(2).transpose(1, 2).to(memories[order[0]].tokens.dtype)
+        x, query_pos = self._initial_queries(decoder, pos, queries)
+        mixed = settings.readout == "query_mix"
+        self_mask = None if queries.valid is None or mixed else queries.valid[:, None, None, :]
+        if settings.placement == "pre":
+            for block in self.self_attention_blocks:
+                x = block(x, query_pos, self_mask)
+        x = run_layers(decoder, x, query_pos, self_mask, memories, order, settings.pos_on_value)
+        if settings.placement == "post":
+            for block in self.self_attention_blocks:
+                x = block(x, query_pos, self_mask)
+        return self._read_out(decoder.decoder_norm(x) if settings.readout_norm else x, queries)
 
-        query_pos = pos[0][queries.index]
-        x = self.query.to(memory.dtype).expand(*queries.index.shape, -1)
-        layers = zip(
-            decoder.transformer_cross_attention_layers,
-            decoder.transformer_self_attention_layers,
-            decoder.transformer_ffn_layers,
-            strict=True,
-        )
-        for cross, self_attention, ffn in layers:
-            x = cross_attention_layer(cross, x, memory, mask=key_mask, pos=pos, query_pos=query_pos)
-            x = self_attention_layer(self_attention, x, query_pos, self_mask)
-            x = feed_forward_layer(ffn, x)
-        for block in self.self_attention_blocks:
-            x = block(x, query_pos, self_mask)
-        return self.prediction(decoder.decoder_norm(x))
-
-    def reconstruct(
-        self, decoder: Any, feature: Tensor, target: Tensor, hidden: Tensor, valid: Tensor
-    ) -> StepOutput:
-        """L_recon (eq. 5): mean squared error against the normalised target, over hidden cells and channels.
+    def reconstruct(self, decoder: Any, levels: Mapping[int, Level], target: Tensor) -> StepOutput:
+        """L_recon (eq. 5): squared error against the normalised target, over hidden cells and channels.
 
         Args:
-            feature, target: online and target map [B, C, H, W]; hidden, valid: bool [B, H, W] on the CPU.
+            levels: by index, the maps that the layers read, and the reconstructed one.
+            target: target map [B, C, H, W] of the reconstructed level.
         """
-        device = feature.device
+        given, device = levels[self.settings.level], target.device
         normed = normalised_target(target)
-        hidden_flat, valid_flat = hidden.flatten(1), valid.flatten(1)
-        queries = choose_queries(hidden_flat, valid_flat, self.settings.readout)
-        counted = hidden_flat.gather(1, queries.index)  # all real queries, or the hidden ones among all cells
-        count = self._count(counted, device) * normed.shape[-1]
-        queries = Queries(
-            queries.index.to(device), None if queries.valid is None else queries.valid.to(device)
-        )
-        predicted = self.predict(decoder, feature, hidden_flat.to(device), valid_flat, queries)
+        hidden, valid = given.hidden.flatten(1), given.valid.flatten(1)
+        chosen = choose_queries(hidden, valid, self.settings.readout == "masked_queries")
+        counted = hidden.gather(1, chosen.index)  # all real queries, or the hidden ones among all cells
+        count = self._count(counted, device)
+        queries = chosen.to(device)
+        predicted = self.predict(decoder, levels, queries)
         aim = normed.gather(1, queries.index[..., None].expand(-1, -1, normed.shape[-1]))
-        errors = (predicted.float() - aim).square().sum(-1) * counted.to(device)
-        loss = errors.sum() / count
-        variance = channel_variance(normed[valid_flat.to(device)])
-        metrics = {"target_variance": variance, "explained_variance": 1 - loss.detach() / variance}
+        each = (predicted.float() - aim).square().sum(-1)
+        errors = each * counted.to(device)
+        loss = reduced(errors, count, normed.shape[-1], self.settings.recon_reduction)
+        variance = channel_variance(normed[valid.to(device)])
+        mean_squared = errors.detach().sum() / (count * normed.shape[-1])
+        metrics = {"target_variance": variance, "explained_variance": 1 - mean_squared / variance}
         # Measures over cells and images are for images of one size: those cells that every image covers.
-        inside = normed if bool(valid.all()) else normed[:, valid_flat.all(0).to(device)]
+        inside = normed if bool(valid.all()) else normed[:, valid.all(0).to(device)]
         maps = {"target": inside, "errors": errors.detach(), "hidden_count": hidden.sum()}
+        if not self.training:
+            maps["hidden"] = given.hidden
+            maps["cell_errors"] = _as_map(each.detach() / normed.shape[-1], queries, given.hidden.shape)
         return StepOutput({"loss_recon": loss}, metrics, maps)
 
-    def denoise_loss(self, mask_features: Tensor, noise: Tensor, image: Tensor, valid: Tensor) -> StepOutput:
+    def denoise_loss(self, feature: Tensor, noise: Tensor, image: Tensor, valid: Tensor) -> StepOutput:
         """L_denoise (eq. 6): mean squared error of a 1x1 convolution of the stride-4 map.
 
         Args:
-            mask_features: [B, C, H/4, W/4]; noise: [B, c, H/4, W/4]; image: clean [B, c, H, W]; valid: bool
-                [B, H/4, W/4].
+            feature: [B, C, H/4, W/4]; noise: [B, c, H/4, W/4], as drawn; image: clean [B, c, H, W]; valid:
+                bool [B, H/4, W/4].
         """
-        aim = noise if self.settings.denoise_target == "noise" else F.avg_pool2d(image, NOISE_CELL)
+        aim = self._denoise_target(noise, image)
         count = self._count(valid, noise.device) * noise.shape[1]
         inside = valid.to(noise.device)
-        errors = (self.denoise(mask_features).float() - aim).square() * inside[:, None]
+        denoised = self.denoise(feature).float()
+        errors = (denoised - aim).square() * inside[:, None]
         loss = errors.sum() / count
         values = aim.permute(0, 2, 3, 1)[inside]
         maps = {
@@ -349,15 +216,54 @@ class MaskJEPAHead(nn.Module):
             "denoise_sum": values.sum(0),
             "denoise_square": values.square().sum(0),
         }
+        if not self.training:
+            maps.update(denoised=denoised.detach(), denoise_target=aim)
         metrics = {"denoise_r2": 1 - loss.detach() / channel_variance(values)}
         return StepOutput({"loss_denoise": loss}, metrics, maps)
+
+    def _denoise_target(self, noise: Tensor, image: Tensor) -> Tensor:
+        settings = self.settings
+        if settings.denoise_target == "noise":
+            return noise / settings.noise_sigma if settings.denoise_noise_scale == "unit" else noise
+        if settings.denoise_downsample == "area":
+            return F.avg_pool2d(image, NOISE_CELL)
+        options = {"align_corners": False} if settings.denoise_downsample == "bilinear" else {}
+        return F.interpolate(image, size=noise.shape[-2:], mode=settings.denoise_downsample, **options)
+
+    def masked_levels(
+        self,
+        levels: Sequence[Tensor],
+        layers: int,
+        tile_keys: Tensor,
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> dict[int, Level]:
+        """The maps that are read or reconstructed, all with the same tiles hidden."""
+        settings = self.settings
+        covered = {
+            i: valid_cells(
+                image_sizes, (int(levels[i].shape[-2]), int(levels[i].shape[-1])), LEVEL_STRIDES[i]
+            )
+            for i in sorted({settings.level, *settings.reading_order(layers)})
+        }
+        tiles = draw_tiles(
+            tile_keys,
+            covered[settings.level],
+            settings.mask_patch,
+            settings.mask_ratio,
+            settings.mask_sampling,
+        )
+        pixels = settings.mask_patch * settings.recon_stride
+        return {
+            i: Level(levels[i], hidden_cells(tiles, pixels // LEVEL_STRIDES[i], valid), valid)
+            for i, valid in covered.items()
+        }
 
     def forward(
         self,
         decoder: Any,
         *,
-        feature: Tensor,
-        mask_features: Tensor,
+        levels: Sequence[Tensor],
+        denoise_feature: Tensor | None,
         target: Tensor | None,
         noise: Tensor,
         image: Tensor,
@@ -367,23 +273,41 @@ class MaskJEPAHead(nn.Module):
         """One step after the encoders: both losses, weighted, and their metrics.
 
         Args:
-            feature, target: online and target maps [B, C, H, W] of the reconstructed level; target may be
-                None without L_recon.
-            mask_features: online stride-4 map. noise, image: as drawn, and the clean network input.
+            levels: online maps [B, C, H_i, W_i] at strides 32, 16, 8; target: [B, C, H, W], of the
+                reconstructed level, or None without L_recon.
+            denoise_feature: online stride-4 map, or None without L_denoise. noise, image: as drawn, and the
+                clean network input.
             tile_keys: int64 [B] on the CPU. image_sizes: (H, W) of each image in pixels, without padding.
         """
         out = StepOutput({}, {})
         if self.settings.recon_weight > 0:
             assert target is not None
-            grid = (int(feature.shape[-2]), int(feature.shape[-1]))
-            valid = valid_cells(image_sizes, grid, self.settings.recon_stride)
-            hidden = draw_tile_mask(tile_keys, valid, self.settings.mask_patch, self.settings.mask_ratio)
-            _merge(out, self.reconstruct(decoder, feature, target, hidden, valid), self.settings.recon_weight)
+            given = self.masked_levels(levels, len(decoder_layers(decoder)), tile_keys, image_sizes)
+            _merge(out, self.reconstruct(decoder, given, target), self.settings.recon_weight)
         if self.settings.denoise_weight > 0:
+            assert denoise_feature is not None
             grid = (int(noise.shape[-2]), int(noise.shape[-1]))
             valid = valid_cells(image_sizes, grid, NOISE_CELL)
-            _merge(out, self.denoise_loss(mask_features, noise, image, valid), self.settings.denoise_weight)
+            _merge(out, self.denoise_loss(denoise_feature, noise, image, valid), self.settings.denoise_weight)
         return out
+
+
+def reduced(errors: Tensor, count: Tensor, channels: int, reduction: str) -> Tensor:
+    """Squared errors summed over channels [B, N], 0 where not counted -> the loss over `count` cells."""
+    if reduction == "mean":
+        return errors.sum() / (count * channels)
+    if reduction == "norm":
+        # the root's slope at 0 is infinite
+        errors = errors.clamp(min=1e-12).sqrt() * (errors > 0)
+    return errors.sum() / count
+
+
+def _as_map(values: Tensor, queries: Queries, shape: torch.Size) -> Tensor:
+    """[B, N] of the cells `queries.index` -> [B, H, W], NaN where there is none."""
+    if queries.valid is not None:
+        values = values.masked_fill(~queries.valid, float("nan"))
+    flat = values.new_full((shape[0], shape[1] * shape[2]), float("nan"))
+    return flat.scatter(1, queries.index, values).view(shape)
 
 
 def _merge(into: StepOutput, part: StepOutput, weight: float) -> None:

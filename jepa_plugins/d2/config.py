@@ -9,7 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.config import CfgNode as CN
 
 from jepa_plugins.config_files import find_config
-from jepa_plugins.core.mask_jepa import MaskJEPASettings
+from jepa_plugins.core.settings import MaskJEPASettings
 from jepa_plugins.d2.data import add_data_config
 from jepa_plugins.d2.yaml_files import read_yaml
 
@@ -87,25 +87,40 @@ def _add_swin_config(cfg: CfgNode) -> None:
     swin.USE_CHECKPOINT = False
 
 
+# Keys below MODEL.MASK_JEPA, and the names that core's settings give them.
+SETTING_KEYS = {
+    "READOUT": "readout",
+    "READOUT_NORM": "readout_norm",
+    "RECON_STRIDE": "recon_stride",
+    "LEVELS": "levels",
+    "POS_ON_VALUE": "pos_on_value",
+    "NOISE.SIGMA": "noise_sigma",
+    "NOISE.SPACE": "noise_space",
+    "MASK.RATIO": "mask_ratio",
+    "MASK.PATCH": "mask_patch",
+    "MASK.SAMPLING": "mask_sampling",
+    "SELF_ATTN.M": "self_attention_blocks",
+    "SELF_ATTN.PLACEMENT": "placement",
+    "DENOISE.TARGET": "denoise_target",
+    "DENOISE.FEATURE": "denoise_feature",
+    "DENOISE.NOISE_SCALE": "denoise_noise_scale",
+    "DENOISE.DOWNSAMPLE": "denoise_downsample",
+    "LOSS.REDUCTION": "recon_reduction",
+    "LOSS.RECON_WEIGHT": "recon_weight",
+    "LOSS.DENOISE_WEIGHT": "denoise_weight",
+}
+
+
 def add_mask_jepa_config(cfg: CfgNode) -> None:
     """`MODEL.MASK_JEPA`: the method's options with the paper's values (sections 3 and 4.1)."""
     defaults = MaskJEPASettings()
     node = cfg.MODEL.MASK_JEPA = CN()
     node.FREEZE_BACKBONE = True
-    node.READOUT = defaults.readout
-    node.RECON_STRIDE = defaults.recon_stride
-    node.NOISE = CN()
-    node.NOISE.SIGMA = defaults.noise_sigma
-    node.MASK = CN()
-    node.MASK.RATIO = defaults.mask_ratio
-    node.MASK.PATCH = defaults.mask_patch
-    node.SELF_ATTN = CN()
-    node.SELF_ATTN.M = defaults.self_attention_blocks
-    node.DENOISE = CN()
-    node.DENOISE.TARGET = defaults.denoise_target
-    node.LOSS = CN()
-    node.LOSS.RECON_WEIGHT = defaults.recon_weight
-    node.LOSS.DENOISE_WEIGHT = defaults.denoise_weight
+    for key, name in SETTING_KEYS.items():
+        place, parts = node, key.split(".")
+        for part in parts[:-1]:
+            place = place.setdefault(part, CN())
+        place[parts[-1]] = getattr(defaults, name)
     node.EMA = CN()
     node.EMA.START = 0.996
     node.EMA.END = 1.0
@@ -132,6 +147,20 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "auto"  # float16 with a gradient scaler on CUDA, bfloat16 on the CPU
 
 
+def add_monitor_config(cfg: CfgNode) -> None:
+    """`TEST.PROBE`: probes of the features while MaskJEPA trains. (Pictures come every detectron2's VIS_PERIOD.)"""
+    node = cfg.TEST.PROBE = CN()
+    node.PERIOD = 0  # steps between two measurements; 0 never
+    node.TRAIN = ""  # semantic data sets, by name: fitted on one, scored on the other
+    node.VAL = ""
+    node.SIZE = ()  # (height, width) of the resized images, multiples of 32; empty: INPUT.PRETRAIN_CROP_SIZE
+    node.FEATURES = ("stride8", "stride4")
+    node.WHICH = ("online",)  # and "ema"
+    node.KINDS = ("linear", "knn", "kmeans")
+    node.CELLS = 10000  # of each set at most so many, evenly spread
+    node.IMAGES = 100  # likewise; 0 takes all
+
+
 def add_jepa_config(cfg: CfgNode) -> None:
     """Add every key of ours to detectron2's configuration, in place; a second time changes nothing."""
     if "MASK_JEPA" in cfg.MODEL:  # known already, under DETECTRON2_ENV_MODULE
@@ -140,23 +169,19 @@ def add_jepa_config(cfg: CfgNode) -> None:
     add_mask_jepa_config(cfg)
     add_timm_config(cfg)
     add_solver_config(cfg)
+    add_monitor_config(cfg)
     add_data_config(cfg)
 
 
 def mask_jepa_settings(cfg: CfgNode) -> MaskJEPASettings:
     """The method's options as core takes them."""
-    node = cfg.MODEL.MASK_JEPA
-    return MaskJEPASettings(
-        noise_sigma=node.NOISE.SIGMA,
-        mask_ratio=node.MASK.RATIO,
-        mask_patch=node.MASK.PATCH,
-        recon_stride=node.RECON_STRIDE,
-        self_attention_blocks=node.SELF_ATTN.M,
-        readout=node.READOUT,
-        denoise_target=node.DENOISE.TARGET,
-        recon_weight=node.LOSS.RECON_WEIGHT,
-        denoise_weight=node.LOSS.DENOISE_WEIGHT,
-    )
+    values = {}
+    for key, name in SETTING_KEYS.items():
+        place = cfg.MODEL.MASK_JEPA
+        for part in key.split("."):
+            place = place[part]
+        values[name] = place
+    return MaskJEPASettings(**values)
 
 
 def get_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:

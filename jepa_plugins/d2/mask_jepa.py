@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -15,16 +16,12 @@ from torch import Tensor, nn
 
 from jepa_plugins.core.collapse import rank_metrics
 from jepa_plugins.core.ema import ema_update, momentum_at, target_copy
-from jepa_plugins.core.mask_jepa import (
-    PREDICTOR_PARTS,
-    MaskJEPAHead,
-    MaskJEPASettings,
-    StepOutput,
-    draw_noise,
-    expand_noise,
-    valid_cells,
-)
+from jepa_plugins.core.mask_jepa import MaskJEPAHead, StepOutput
+from jepa_plugins.core.masking import draw_noise, expand_noise, valid_cells
+from jepa_plugins.core.predictor import decoder_layers
 from jepa_plugins.core.random import sample_keys
+from jepa_plugins.core.settings import MaskJEPASettings
+from jepa_plugins.d2.backbones import build_backbone
 from jepa_plugins.d2.config import mask_jepa_settings
 from jepa_plugins.d2.inputs import normalised_batch
 from jepa_plugins.d2.registration import build_head
@@ -33,8 +30,19 @@ from jepa_plugins.d2.registration import build_head
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
-def noise_scale(pixel_std: Sequence[float], input_format: str) -> list[float]:
-    """Factor per channel from units of ImageNet's standard deviation to the network's input scale."""
+GREY_LEVELS = {"unit": 255.0, "symmetric": 127.5}  # in one unit of the noise's space
+
+
+def noise_scale(pixel_std: Sequence[float], input_format: str, space: str = "normalized") -> list[float]:
+    """Factor per channel from units of the noise's space to the network's input scale.
+
+    Args:
+        pixel_std: grey levels (0..255) in one unit of the input, per channel.
+        space: units of ImageNet's standard deviation ("normalized"), of pixels in [0, 1] ("unit") or in
+            [-1, 1] ("symmetric").
+    """
+    if space in GREY_LEVELS:
+        return [GREY_LEVELS[space] / std for std in pixel_std]
     if len(pixel_std) != len(IMAGENET_STD):
         return [1.0] * len(pixel_std)  # no ImageNet scale for other channel counts: the data set's own
     unit = IMAGENET_STD[::-1] if input_format == "BGR" else IMAGENET_STD
@@ -98,6 +106,7 @@ class MaskJEPA(nn.Module):
         """Arguments from detectron2's configuration."""
         backbone = build_backbone(cfg)
         former, jepa, head = cfg.MODEL.MASK_FORMER, cfg.MODEL.MASK_JEPA, cfg.MODEL.SEM_SEG_HEAD
+        divisibility = max(former.SIZE_DIVISIBILITY, backbone.size_divisibility, 32)
         return {
             "backbone": backbone,
             "sem_seg_head": build_head(cfg, backbone.output_shape()),
@@ -109,12 +118,14 @@ class MaskJEPA(nn.Module):
                 heads=former.NHEADS,
                 feedforward=former.DIM_FEEDFORWARD,
                 image_channels=len(cfg.MODEL.PIXEL_MEAN),
+                num_queries=former.NUM_OBJECT_QUERIES,
+                grid=crop_grid(cfg.INPUT.PRETRAIN_CROP_SIZE, jepa.RECON_STRIDE, divisibility),
             ),
             "freeze_backbone": jepa.FREEZE_BACKBONE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "noise_factors": noise_scale(cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT),
-            "size_divisibility": max(former.SIZE_DIVISIBILITY, backbone.size_divisibility, 32),
+            "noise_factors": noise_scale(cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT, jepa.NOISE.SPACE),
+            "size_divisibility": divisibility,
             "ema": (jepa.EMA.START, jepa.EMA.END),
             "total_steps": cfg.SOLVER.MAX_ITER,
             "seed": max(cfg.SEED, 0),
@@ -141,16 +152,24 @@ class MaskJEPA(nn.Module):
                 "MODEL.MASK_JEPA.FREEZE_BACKBONE is False, but the backbone is frozen: set it to True, or "
                 "MODEL.TIMM.FREEZE to False (MODEL.BACKBONE.FREEZE_AT to 0)"
             )
-        used = PREDICTOR_PARTS if self.settings.recon_weight > 0 else ()
-        other_levels = re.compile(rf"input_proj\.(?!{self.settings.level}\.)")
+        used = self.settings.predictor_parts()
+        read = "|".join(map(str, self.trained_level_rows()))
+        other_levels = re.compile(rf"input_proj\.(?!({read})\.)")
         for name, parameter in self.sem_seg_head.predictor.named_parameters():
             if not name.startswith(used) or other_levels.match(name):
                 parameter.requires_grad_(False)
-        if self.settings.denoise_weight == 0:
-            # Without denoising only the deformable encoder is read; what leads to the stride-4 map is not.
-            for name, parameter in self.sem_seg_head.pixel_decoder.named_parameters():
-                if not name.startswith(("input_proj", "transformer")):
-                    parameter.requires_grad_(False)
+        for name, parameter in self.sem_seg_head.pixel_decoder.named_parameters():
+            if self.settings.denoise_weight == 0 and not name.startswith(("input_proj", "transformer")):
+                parameter.requires_grad_(False)  # leads to the stride-4 map only
+            elif self.settings.denoise_feature == "stride4" and name.startswith("mask_features"):
+                parameter.requires_grad_(False)
+
+    def trained_level_rows(self) -> list[int]:
+        """Indices of the pixel decoder's maps, and so of the rows of `level_embed`, that the predictor reads."""
+        if self.settings.recon_weight == 0:
+            return []
+        layers = len(decoder_layers(self.sem_seg_head.predictor))
+        return sorted(set(self.settings.reading_order(layers)))
 
     def train(self, mode: bool = True) -> MaskJEPA:
         """As usual, but targets and a frozen backbone stay in eval mode."""
@@ -204,24 +223,33 @@ class MaskJEPA(nn.Module):
         noise_keys = sample_keys(self.seed, index, "noise").to(x.device)
         noise = draw_noise(noise_keys, x.shape[1], (x.shape[2], x.shape[3]), settings.noise_sigma)
         inside = valid_cells(sizes, (x.shape[2], x.shape[3]), 1).to(x.device)[:, None]
-        features = self._online_features(x + self.noise_factors * expand_noise(noise) * inside)
-        decoder = self.sem_seg_head.pixel_decoder
-        if settings.denoise_weight > 0:
-            decoded = decoder.forward_features(features)
-            mask_features, levels = decoded[0], decoded[2]
-        else:
-            levels = decoded_levels(decoder, features)
-            mask_features = levels[-1]  # not read
-        return self.jepa(
+        noisy = x + self.noise_factors * expand_noise(noise) * inside
+        levels, denoise_feature = self._online_maps(noisy)
+        out = self.jepa(
             self.sem_seg_head.predictor,
-            feature=levels[settings.level],
-            mask_features=mask_features,
+            levels=levels,
+            denoise_feature=denoise_feature,
             target=self._target_map(x) if settings.recon_weight > 0 else None,
             noise=noise,
             image=x,
             tile_keys=sample_keys(self.seed, index, "tiles"),
             image_sizes=sizes,
         )
+        if not self.training:
+            out.maps.update(noise=noise, noisy=noisy)
+        return out
+
+    def _online_maps(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor | None]:
+        """The maps at strides 32, 16 and 8, and the one that denoising reads, if any."""
+        features, decoder = self._online_features(x), self.sem_seg_head.pixel_decoder
+        if self.settings.denoise_weight == 0:
+            return decoded_levels(decoder, features), None
+        if self.settings.denoise_feature == "mask_features":
+            decoded = decoder.forward_features(features)
+            return decoded[2], decoded[0]
+        with captured_input(decoder.mask_features) as captured:
+            decoded = decoder.forward_features(features)
+        return decoded[2], captured[0]
 
     def forward(self, batched_inputs: Sequence[dict]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """
@@ -253,11 +281,18 @@ class MaskJEPA(nn.Module):
         storage.put_scalars(smoothing_hint=False, ema_momentum=self.ema_momentum(), **metrics)
 
     @torch.no_grad()
-    def features(self, batched_inputs: Sequence[dict]) -> dict[str, Tensor]:
-        """Online maps of clean images, for probes and pictures: "stride4" [B, mask_dim, H/4, W/4], "stride8"
-        [B, C, H/8, W/8]."""
+    def features(self, batched_inputs: Sequence[dict], which: str = "online") -> dict[str, Tensor]:
+        """Maps of clean images, for probes and pictures: "stride4" [B, mask_dim, H/4, W/4], "stride8"
+        [B, C, H/8, W/8].
+
+        Args:
+            which: the "online" copy or the target ("ema").
+        """
         images = normalised_batch(batched_inputs, self.pixel_mean, self.pixel_std, self.size_divisibility)
-        decoded = self.sem_seg_head.pixel_decoder.forward_features(self.backbone(images.tensor))
+        backbone, decoder = self.backbone, self.sem_seg_head.pixel_decoder
+        if which == "ema":
+            backbone, decoder = self.target_backbone or backbone, self.target_pixel_decoder
+        decoded = decoder.forward_features(backbone(images.tensor))
         return {"stride4": decoded[0], "stride8": decoded[2][2]}
 
 
@@ -266,3 +301,20 @@ def decoded_levels(pixel_decoder: nn.Module, features: dict[str, Tensor]) -> lis
     if hasattr(pixel_decoder, "forward_levels"):
         return pixel_decoder.forward_levels(features)
     return pixel_decoder.forward_features(features)[2]
+
+
+def crop_grid(crop: Sequence[int], stride: int, divisibility: int) -> tuple[int, int]:
+    """Cells (height, width) of the map of one training crop, (height, width) in pixels, after padding."""
+    height, width = (-(-side // divisibility) * divisibility // stride for side in crop)
+    return height, width
+
+
+@contextlib.contextmanager
+def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The first argument of each call of `module` inside the `with`."""
+    calls: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
+    try:
+        yield calls
+    finally:
+        handle.remove()

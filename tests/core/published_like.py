@@ -6,7 +6,7 @@ from torch import nn
 
 from jepa_plugins.core.position import PositionEmbeddingSine
 
-WIDTH, HEADS, LEVELS = 16, 4, 3
+WIDTH, HEADS, LEVELS, QUERIES = 16, 4, 3, 5
 
 
 class PublishedLike(nn.Module):
@@ -74,34 +74,67 @@ class Decoder(nn.Module):
         self.input_proj = nn.ModuleList(
             nn.Sequential() if features == WIDTH else nn.Conv2d(features, WIDTH, 1) for _ in range(LEVELS)
         )
+        self.query_feat = nn.Embedding(QUERIES, WIDTH)
+        self.query_embed = nn.Embedding(QUERIES, WIDTH)
         self.pe_layer = PositionEmbeddingSine(WIDTH // 2, normalize=True)
         self.num_heads = HEADS
 
-    def predict(self, head, feature, hidden, index, valid_keys=None, valid_queries=None):
-        """What `MaskJEPAHead.predict` should give, [B, N, C]; masks are bool [B, n], True where real."""
-        level = head.settings.level
+    def memory(self, head, level, feature, hidden, no_key):
+        """Tokens and positions of one masked map, sequence first; `hidden` bool [B, cells]."""
         cells = feature.flatten(2).transpose(1, 2).clone()
         cells[hidden] = head.mask_token
-        memory = self.input_proj[level](cells.transpose(1, 2).reshape(feature.shape))
-        memory = first(memory.flatten(2).transpose(1, 2) + self.level_embed.weight[level])
+        tokens = self.input_proj[level](cells.transpose(1, 2).reshape(feature.shape))
+        tokens = first(tokens.flatten(2).transpose(1, 2) + self.level_embed.weight[level])
         pos = first(self.pe_layer(feature).flatten(2).transpose(1, 2))
-        query_pos = torch.stack([pos[rows, i] for i, rows in enumerate(index)], dim=1)
-        x = head.query.expand(query_pos.shape)
-        no_key = None if valid_keys is None else ~valid_keys
+        if head.settings.placement == "image":
+            tokens = extra_blocks(head, tokens, pos, no_key)
+        return tokens, pos
+
+    def predict(self, head, levels, index, valid_queries=None):
+        """What `MaskJEPAHead.predict` should give, [B, N, C].
+
+        `levels` as there; `valid_queries` bool [B, n], True where real.
+        """
+        settings, padding, memories = head.settings, {}, {}
+        for i, given in levels.items():
+            valid = given.valid.flatten(1)
+            padding[i] = None if bool(valid.all()) else ~valid
+            memories[i] = self.memory(head, i, given.feature, given.hidden.flatten(1), padding[i])
+        pos = first(self.pe_layer(levels[settings.level].feature).flatten(2).transpose(1, 2))
         no_query = None if valid_queries is None else ~valid_queries
-        for cross, self_attention, ffn in zip(
-            self.transformer_cross_attention_layers,
-            self.transformer_self_attention_layers,
-            self.transformer_ffn_layers,
-            strict=True,
-        ):
-            x = cross.cross_attention(x, memory, pos, query_pos, no_key)
-            x = self_attention.self_attention(x, query_pos, no_query)
-            x = ffn.feed_forward(x)
-        for block in head.self_attention_blocks:
-            placed = x + query_pos
-            attention = block.attention.self_attn
-            x = x + attention(placed, placed, x, key_padding_mask=no_query, need_weights=False)[0]
-            x = block.attention.norm(x)
-            x = block.ffn.norm(x + block.ffn.linear2(F.relu(block.ffn.linear1(x))))
-        return first(head.prediction(self.decoder_norm(x)))
+        if settings.readout == "query_mix":
+            x, query_pos = (
+                t.weight[:, None].expand(-1, len(index), -1) for t in (self.query_feat, self.query_embed)
+            )
+            no_query = None
+        else:
+            query_pos = torch.stack([pos[rows, i] for i, rows in enumerate(index)], dim=1)
+            x = head.query.expand(query_pos.shape)
+        if settings.placement == "pre":
+            x = extra_blocks(head, x, query_pos, no_query)
+        for layer in range(len(self.transformer_ffn_layers)):
+            level = layer % 3 if settings.levels == "round_robin" else settings.level
+            tokens, places = memories[level]
+            x = self.transformer_cross_attention_layers[layer].cross_attention(
+                x, tokens, places, query_pos, padding[level], settings.pos_on_value
+            )
+            x = self.transformer_self_attention_layers[layer].self_attention(x, query_pos, no_query)
+            x = self.transformer_ffn_layers[layer].feed_forward(x)
+        if settings.placement == "post":
+            x = extra_blocks(head, x, query_pos, no_query)
+        x = first(self.decoder_norm(x) if settings.readout_norm else x)
+        if settings.readout != "query_mix":
+            return head.prediction(x)
+        cells = torch.einsum("bqc,nq->bnc", x, head.prediction.weight) + head.prediction.bias[:, None]
+        return torch.stack([cells[i, rows] for i, rows in enumerate(index)])
+
+
+def extra_blocks(head, x, pos, padding):
+    """The M self-attention blocks, out of torch's modules; x [N, B, C]."""
+    for block in head.self_attention_blocks:
+        placed = x + pos
+        attention = block.attention.self_attn
+        x = x + attention(placed, placed, x, key_padding_mask=padding, need_weights=False)[0]
+        x = block.attention.norm(x)
+        x = block.ffn.norm(x + block.ffn.linear2(F.relu(block.ffn.linear1(x))))
+    return x

@@ -1,30 +1,21 @@
 """The pretext task: noise, tiles, read-outs and losses, against references and by their properties."""
 
-import math
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from published_like import HEADS, WIDTH, Decoder
+from published_like import HEADS, QUERIES, WIDTH, Decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_plugins.core.distributed import mean_count
-from jepa_plugins.core.mask_jepa import (
-    MaskJEPAHead,
-    MaskJEPASettings,
-    Queries,
-    channel_variance,
-    choose_queries,
-    draw_noise,
-    draw_tile_mask,
-    expand_noise,
-    normalised_target,
-    valid_cells,
-)
+from jepa_plugins.core.mask_jepa import MaskJEPAHead, channel_variance, normalised_target, reduced
+from jepa_plugins.core.masking import draw_noise, valid_cells
+from jepa_plugins.core.predictor import Level, Queries, choose_queries
 from jepa_plugins.core.random import sample_keys
+from jepa_plugins.core.settings import CHOICES, MaskJEPASettings
+
+READOUTS = CHOICES["readout"]
 
 
 def keys(count: int, stream: str = "tiles", seed: int = 0):
@@ -32,6 +23,7 @@ def keys(count: int, stream: str = "tiles", seed: int = 0):
 
 
 def make_head(features: int = WIDTH, mask_dim: int = 8, channels: int = 3, **options) -> MaskJEPAHead:
+    side = (128 if "levels" in options else 64) // options.get("recon_stride", 8)
     torch.manual_seed(1)
     head = MaskJEPAHead(
         MaskJEPASettings(**options),
@@ -41,52 +33,12 @@ def make_head(features: int = WIDTH, mask_dim: int = 8, channels: int = 3, **opt
         heads=HEADS,
         feedforward=24,
         image_channels=channels,
+        num_queries=QUERIES,
+        grid=(side, side),
     )
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return head
-
-
-def full(batch: int, height: int, width: int):
-    return torch.ones(batch, height, width, dtype=torch.bool)
-
-
-# --- options
-
-
-def test_defaults_are_the_papers() -> None:
-    settings_ = MaskJEPASettings()
-    assert (settings_.noise_sigma, settings_.mask_ratio, settings_.mask_patch) == (0.4, 0.5, 8)
-    assert (settings_.recon_stride, settings_.self_attention_blocks) == (8, 2)
-    assert (settings_.readout, settings_.denoise_target) == ("spatial_queries", "noise")
-    assert (settings_.recon_weight, settings_.denoise_weight) == (1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"noise_sigma": -0.1}, "sigma must not be negative, got -0.1"),
-        ({"mask_ratio": 0.0}, "between 0 and 1, got 0.0"),
-        ({"mask_ratio": 1.0}, "between 0 and 1, got 1.0"),
-        ({"mask_patch": 0}, "at least one cell, got 0"),
-        ({"recon_stride": 4}, "8, 16 or 32, got 4"),
-        ({"self_attention_blocks": -1}, "M must not be negative, got -1"),
-        ({"readout": "queries"}, "spatial_queries.*got 'queries'"),
-        ({"denoise_target": "pixels"}, "noise.*image"),
-        ({"recon_weight": -1.0}, "must not be negative"),
-        ({"recon_weight": 0.0, "denoise_weight": 0.0}, "nothing to train"),
-        ({"noise_sigma": 0.0}, "no sense with sigma 0"),
-    ],
-)
-def test_settings_that_make_no_sense(options, sentence) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        MaskJEPASettings(**options)
-
-
-def test_settings_that_make_sense_without_noise() -> None:
-    assert MaskJEPASettings(noise_sigma=0.0, denoise_target="image").noise_sigma == 0
-    assert MaskJEPASettings(noise_sigma=0.0, denoise_weight=0.0).recon_weight == 1
-    assert [MaskJEPASettings(recon_stride=stride).level for stride in (32, 16, 8)] == [0, 1, 2]
 
 
 def test_a_weight_of_zero_makes_no_parameters() -> None:
@@ -98,180 +50,106 @@ def test_a_weight_of_zero_makes_no_parameters() -> None:
     assert not list(make_head(self_attention_blocks=0).self_attention_blocks.parameters())
 
 
-# --- noise
-
-
-def test_noise_has_its_deviation_at_a_quarter_of_the_resolution() -> None:
-    noise = draw_noise(keys(4, "noise"), 3, (512, 512), 0.4)
-    assert noise.shape == (4, 3, 128, 128)
-    assert float(noise.std()) == pytest.approx(0.4, rel=0.01)
-    assert float(noise.mean()) == pytest.approx(0, abs=0.005)
-    between = torch.corrcoef(noise.flatten(2).flatten(0, 1).double())
-    assert float((between - torch.eye(12)).abs().max()) < 5 / 128
-
-
-def test_noise_fills_cells_and_never_tiles() -> None:
-    noise = torch.arange(2 * 3 * 2 * 3, dtype=torch.float32).view(2, 3, 2, 3)
-    wide = expand_noise(noise)
-    assert wide.shape == (2, 3, 8, 12)
-    rows, columns = torch.arange(8) // 4, torch.arange(12) // 4
-    assert torch.equal(wide, noise[:, :, rows][:, :, :, columns])
-    assert torch.equal(F.avg_pool2d(wide, 4), noise)
-
-
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 5), st.integers(0, 5))
-@settings(max_examples=25, deadline=None)
-def test_noise_does_not_depend_on_padding_or_batch_mates(height, width, below, beside) -> None:
-    alone = draw_noise(keys(3, "noise")[1:2], 3, (4 * height, 4 * width), 0.4)
-    padded = draw_noise(keys(3, "noise"), 3, (4 * (height + below), 4 * (width + beside)), 0.4)
-    assert torch.equal(padded[1:2, :, :height, :width], alone)
-
-
-def test_noise_needs_sides_of_whole_cells() -> None:
-    with pytest.raises(ValueError, match=r"multiples of 4, got \(32, 30\)"):
-        draw_noise(keys(1), 3, (32, 30), 0.4)
-
-
-# --- cells and tiles
-
-
-@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([4, 8, 16, 32]))
-@settings(max_examples=40, deadline=None)
-def test_valid_cells_are_those_that_hold_a_pixel(height, width, stride) -> None:
-    grid = (-(-96 // stride), -(-96 // stride))
-    got = valid_cells([(height, width), (96, 96)], grid, stride)
-    pixels = torch.zeros(2, 1, 96, 96)
-    pixels[0, 0, :height, :width] = 1
-    pixels[1] = 1
-    assert torch.equal(got, F.max_pool2d(pixels, stride)[:, 0] > 0)
-
-
-@st.composite
-def tile_cases(draw):
-    """Images of different sizes in one grid, whose tiles may be partial at every border."""
-    patch = draw(st.integers(1, 6))
-    sides = st.integers(2 * patch, 5 * patch)
-    sizes = draw(st.lists(st.tuples(sides, sides), min_size=1, max_size=4))
-    ratio = draw(st.sampled_from([0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75]))
-    return patch, sizes, ratio, draw(st.integers(0, 1000))
-
-
-@given(tile_cases())
-@settings(max_examples=80, deadline=None)
-def test_exactly_the_share_of_whole_tiles_is_hidden_inside_the_image(case) -> None:
-    patch, sizes, ratio, seed = case
-    grid = (max(h for h, _ in sizes) + 1, max(w for _, w in sizes) + 2)
-    valid = valid_cells(sizes, grid, 1)
-    mask = draw_tile_mask(keys(len(sizes), seed=seed), valid, patch, ratio)
-    assert mask.shape == valid.shape and mask.dtype == torch.bool
-    assert not bool((mask & ~valid).any())
-    for (height, width), hidden in zip(sizes, mask, strict=True):
-        tiles = [
-            hidden[top : min(top + patch, height), left : min(left + patch, width)]
-            for top in range(0, height, patch)
-            for left in range(0, width, patch)
-        ]
-        assert all(bool(tile.all()) or not bool(tile.any()) for tile in tiles)
-        assert sum(bool(tile.any()) for tile in tiles) == math.floor(ratio * len(tiles) + 0.5)
-
-
-@given(tile_cases())
-@settings(max_examples=25, deadline=None)
-def test_tiles_do_not_depend_on_padding_or_batch_mates(case) -> None:
-    patch, sizes, ratio, seed = case
-    grid = (max(h for h, _ in sizes) + patch, max(w for _, w in sizes) + 1)
-    every = keys(len(sizes), seed=seed)
-    together = draw_tile_mask(every, valid_cells(sizes, grid, 1), patch, ratio)
-    for i, (height, width) in enumerate(sizes):
-        alone = draw_tile_mask(every[i : i + 1], full(1, height, width), patch, ratio)
-        assert torch.equal(together[i, :height, :width], alone[0])
-
-
-@pytest.mark.parametrize(("patch", "tiles"), [(8, 64), (4, 256), (16, 16)])
-def test_the_papers_sizes(patch, tiles) -> None:
-    mask = draw_tile_mask(keys(6), full(6, 64, 64), patch, 0.5)
-    assert mask.flatten(1).sum(1).tolist() == [2048] * 6
-    per_tile = F.avg_pool2d(mask[:, None].float(), patch).flatten(1)
-    assert set(per_tile.unique().tolist()) == {0.0, 1.0}
-    assert per_tile.sum(1).tolist() == [tiles / 2] * 6
-
-
-def test_every_tile_is_hidden_equally_often() -> None:
-    mask = draw_tile_mask(keys(4000), full(4000, 4, 4), 1, 0.5).flatten(1).double()
-    assert float((mask.mean(0) - 0.5).abs().max()) < 5 * 0.5 / math.sqrt(4000)
-    # without replacement: two tiles are hidden together in 8/16 * 7/15 of the images
-    together = (mask.T @ mask / 4000)[~torch.eye(16, dtype=torch.bool)]
-    assert float((together - 8 / 16 * 7 / 15).abs().max()) < 5.5 * 0.5 / math.sqrt(4000)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "patch", "ratio"), [([(16, 16), (16, 7)], 4, 0.5), ([(15, 16)], 8, 0.5), ([(8, 8)], 4, 0.05)]
-)
-def test_maps_with_too_few_tiles_are_refused(sizes, patch, ratio) -> None:
-    with pytest.raises(ValueError, match="make the mask patch smaller or the images larger"):
-        draw_tile_mask(keys(len(sizes)), valid_cells(sizes, (16, 16), 1), patch, ratio)
-
-
 # --- queries
 
 
 def test_one_query_for_each_hidden_cell_or_each_cell() -> None:
     valid = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
     hidden = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 0, 0, 1, 0, 0]], dtype=torch.bool)
-    masked = choose_queries(hidden, valid, "masked_queries")
+    masked = choose_queries(hidden, valid, True)
     assert masked.index[0].tolist() == [1, 2, 5] and masked.index[1, :2].tolist() == [0, 3]
     assert masked.valid.tolist() == [[True, True, True], [True, True, False]]
-    spatial = choose_queries(hidden, valid, "spatial_queries")
+    spatial = choose_queries(hidden, valid, False)
     assert spatial.index[0].tolist() == [0, 1, 2, 3, 4, 5] and spatial.index[1, :4].tolist() == [0, 1, 2, 3]
     assert spatial.valid[1].tolist() == [True] * 4 + [False] * 2
-    assert choose_queries(hidden[:1], valid[:1], "masked_queries").valid is None
+    assert choose_queries(hidden[:1], valid[:1], True).valid is None
 
 
 # --- the predictor
 
 
 class Case:
-    """Two images in one grid of 6x8 cells; the second covers 6x5 of them."""
+    """Two images in one grid of 8x8 cells (stride 8); the second covers 8x5 of them."""
 
     def __init__(
-        self, readout="masked_queries", uneven=True, pre_norm=False, features=WIDTH, blocks=1
+        self, readout="masked_queries", uneven=True, pre_norm=False, features=WIDTH, blocks=1, **more
     ) -> None:
-        self.head = make_head(features, readout=readout, mask_patch=2, self_attention_blocks=blocks)
-        self.decoder = Decoder(pre_norm=pre_norm, features=features)
-        self.feature = torch.randn(2, features, 6, 8)
-        self.valid = valid_cells([(6, 8), (6, 5 if uneven else 8)], (6, 8), 1)
-        self.hidden = draw_tile_mask(keys(2), self.valid, 2, 0.5)
+        more = {"readout": readout, "mask_patch": 2, "self_attention_blocks": blocks, **more}
+        self.head = make_head(features, **more)
+        self.decoder = Decoder(pre_norm=pre_norm, features=features, layers=3 if "levels" in more else 2)
+        side = 128 if "levels" in more else 64  # a tile must be as wide as a stride-32 cell there
+        self.sizes = [(side, side), (side, side * 5 // 8 if uneven else side)]
+        maps = [torch.randn(2, features, side // stride, side // stride) for stride in (32, 16, 8)]
+        self.maps = [m.requires_grad_() for m in maps]
+        self.levels = self.head.masked_levels(
+            self.maps, len(self.decoder.transformer_ffn_layers), keys(2), self.sizes
+        )
+        self.level = self.levels[self.head.settings.level]
+        self.feature, self.hidden, self.valid = self.level.feature, self.level.hidden, self.level.valid
 
     def queries(self, rows=slice(None)) -> Queries:
         hidden, valid = self.hidden.flatten(1)[rows], self.valid.flatten(1)[rows]
-        return choose_queries(hidden, valid, self.head.settings.readout)
+        return choose_queries(hidden, valid, self.head.settings.readout == "masked_queries")
 
-    def predict(self, rows=slice(None), feature=None):
+    def changed(self, feature) -> dict:
+        """The levels with another reconstructed map."""
+        return {**self.levels, self.head.settings.level: dataclasses.replace(self.level, feature=feature)}
+
+    def predict(self, rows=slice(None), levels=None):
         """[B, N, C] for the images `rows`."""
-        feature = self.feature if feature is None else feature
-        hidden, valid = self.hidden.flatten(1)[rows], self.valid.flatten(1)[rows]
-        return self.head.predict(self.decoder, feature[rows], hidden, valid, self.queries(rows))
+        picked = {
+            i: Level(given.feature[rows], given.hidden[rows], given.valid[rows])
+            for i, given in (levels or self.levels).items()
+        }
+        return self.head.predict(self.decoder, picked, self.queries(rows))
+
+
+OPTIONS = [
+    {},
+    {"levels": "round_robin", "mask_patch": 4},
+    {"pos_on_value": True},
+    {"placement": "pre"},
+    {"placement": "image"},
+    {"placement": "image", "levels": "round_robin", "mask_patch": 4},
+    {"readout_norm": False},
+    {"recon_stride": 16, "mask_patch": 1},
+]
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("readout", ["masked_queries", "spatial_queries"])
+@pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize(
     ("uneven", "features", "blocks"), [(False, WIDTH, 2), (True, WIDTH, 0), (True, 12, 1)]
 )
 def test_the_predictor_runs_the_published_layers(pre_norm, readout, uneven, features, blocks) -> None:
-    case = Case(readout, uneven, pre_norm, features, blocks)
+    if readout == "query_mix":
+        features = WIDTH
+    check_against_reference(Case(readout, uneven, pre_norm, features, blocks))
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_of_the_predictor(readout, options) -> None:
+    plain, case = Case(readout), Case(readout, **options)
+    check_against_reference(case)
+    with torch.no_grad():
+        if options and plain.hidden.shape == case.hidden.shape and "levels" not in options:
+            case.decoder.load_state_dict(plain.decoder.state_dict())
+            case.head.load_state_dict(plain.head.state_dict())
+            case.levels = plain.levels
+            assert not torch.allclose(case.predict(), plain.predict(), atol=1e-3)
+
+
+def check_against_reference(case) -> None:
     queries = case.queries()
-    valid = case.valid.flatten(1) if uneven else None
-    want = case.decoder.predict(
-        case.head, case.feature, case.hidden.flatten(1), queries.index, valid, queries.valid
-    )
+    want = case.decoder.predict(case.head, case.levels, queries.index, queries.valid)
     got = case.predict()
     if queries.valid is not None:
         got, want = got[queries.valid], want[queries.valid]
     assert torch.allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("readout", ["masked_queries", "spatial_queries"])
+@pytest.mark.parametrize("readout", READOUTS)
 def test_an_image_is_predicted_as_it_is_alone(readout) -> None:
     case = Case(readout)
     together, queries = case.predict(), case.queries()
@@ -283,44 +161,50 @@ def test_an_image_is_predicted_as_it_is_alone(readout) -> None:
         assert torch.allclose(together[i, real], alone[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("readout", ["masked_queries", "spatial_queries"])
+@pytest.mark.parametrize("readout", READOUTS)
 def test_what_is_hidden_or_outside_has_no_influence(readout) -> None:
     case = Case(readout)
-    changed = case.feature.clone()
+    changed = case.feature.detach().clone()
     secret = (case.hidden | ~case.valid)[:, None].expand_as(changed)
     changed[secret] = 100 * torch.randn(int(secret.sum()))
     queries = case.queries()
     real = slice(None) if queries.valid is None else queries.valid
-    assert torch.allclose(case.predict()[real], case.predict(feature=changed)[real], atol=1e-5)
-    visible = case.feature.clone()
+    assert torch.allclose(case.predict()[real], case.predict(levels=case.changed(changed))[real], atol=1e-5)
+    visible = case.feature.detach().clone()
     visible[(case.valid & ~case.hidden)[:, None].expand_as(visible)] += 1
-    assert not torch.allclose(case.predict()[real], case.predict(feature=visible)[real], atol=1e-2)
+    assert not torch.allclose(
+        case.predict()[real], case.predict(levels=case.changed(visible))[real], atol=1e-2
+    )
 
 
-@pytest.mark.parametrize("readout", ["masked_queries", "spatial_queries"])
+@pytest.mark.parametrize("readout", READOUTS)
 def test_the_gradient_reaches_visible_cells_only(readout) -> None:
     case = Case(readout)
-    feature, target = case.feature.requires_grad_(), torch.randn(2, WIDTH, 6, 8).requires_grad_()
-    out = case.head.reconstruct(case.decoder, feature, target, case.hidden, case.valid)
+    feature, target = case.feature, torch.randn_like(case.feature).requires_grad_()
+    out = case.head.reconstruct(case.decoder, case.levels, target)
     out.losses["loss_recon"].backward()
     reached = feature.grad.abs().sum(1) > 0
     assert torch.equal(reached, case.valid & ~case.hidden)
     assert target.grad is None
+    trained = {n.split(".")[0] for n, _ in case.head.named_parameters()} - {"denoise"}
+    trained |= set(case.head.settings.predictor_parts())
     for name, parameter in [*case.head.named_parameters(), *case.decoder.named_parameters()]:
-        if not name.startswith("denoise"):
+        if name.split(".")[0] in trained:
             assert parameter.grad is not None and bool(parameter.grad.abs().sum() > 0), name
+        else:
+            assert parameter.grad is None, name
     rows = case.decoder.level_embed.weight.grad.abs().sum(1) > 0
     assert rows.tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("readout", ["masked_queries", "spatial_queries"])
+@pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("uneven", [False, True])
 def test_reconstruction_loss_by_hand(readout, uneven) -> None:
     case = Case(readout, uneven)
-    target = torch.randn(2, WIDTH, 6, 8) * 3 + 1
-    out = case.head.reconstruct(case.decoder, case.feature, target, case.hidden, case.valid)
+    target = torch.randn(2, WIDTH, 8, 8) * 3 + 1
+    out = case.head.reconstruct(case.decoder, case.levels, target)
     queries, predicted = case.queries(), case.predict().detach().numpy()
-    cells = target.numpy().reshape(2, WIDTH, 48).transpose(0, 2, 1).astype(np.float64)
+    cells = target.numpy().reshape(2, WIDTH, 64).transpose(0, 2, 1).astype(np.float64)
     mean, variance = cells.mean(-1, keepdims=True), cells.var(-1, keepdims=True)
     normed = (cells - mean) / np.sqrt(variance + 1e-5)
     errors = []
@@ -342,7 +226,7 @@ def test_both_readouts_are_judged_on_the_same_cells() -> None:
     for readout in ("masked_queries", "spatial_queries"):
         case = Case(readout)
         queries = case.queries()
-        support = torch.zeros(2, 48, dtype=torch.bool)
+        support = torch.zeros(2, 64, dtype=torch.bool)
         counts = case.hidden.flatten(1).gather(1, queries.index)
         support.scatter_(1, queries.index, counts)
         counted.append(support)
@@ -366,24 +250,115 @@ def test_channel_variance_is_per_channel_over_cells_and_images() -> None:
     assert float(channel_variance(vectors)) == pytest.approx(vectors.numpy().var(axis=0).mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("reduction", "want"),
+    [("mean", (9 + 16 + 25) / (2 * 4)), ("sum", (9 + 16 + 25) / 2), ("norm", (5 + 5) / 2)],
+)
+def test_reductions_by_hand(reduction, want) -> None:
+    errors = torch.tensor([[9.0 + 16.0, 0.0], [25.0, 0.0]], requires_grad=True)
+    loss = reduced(errors, torch.tensor(2.0), 4, reduction)
+    assert float(loss.detach()) == pytest.approx(want)
+    loss.backward()
+    assert bool(errors.grad.isfinite().all()) and float(errors.grad[0, 0]) > 0
+
+
+def test_reductions_do_not_change_the_metrics() -> None:
+    cases = [Case(recon_reduction=reduction) for reduction in CHOICES["recon_reduction"]]
+    target = torch.randn(2, WIDTH, 8, 8)
+    for case in cases[1:]:
+        case.head.load_state_dict(cases[0].head.state_dict())
+        case.decoder.load_state_dict(cases[0].decoder.state_dict())
+        case.levels = cases[0].levels
+    mean, total, norm = (case.head.reconstruct(case.decoder, case.levels, target) for case in cases)
+    assert torch.allclose(total.losses["loss_recon"], WIDTH * mean.losses["loss_recon"])
+    assert float(norm.losses["loss_recon"].detach()) ** 2 < float(total.losses["loss_recon"].detach())
+    for out in (total, norm):
+        assert torch.allclose(out.metrics["explained_variance"], mean.metrics["explained_variance"])
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_error_maps_for_pictures_in_evaluation_only(readout) -> None:
+    case = Case(readout)
+    target = torch.randn(2, WIDTH, 8, 8)
+    assert "cell_errors" not in case.head.train().reconstruct(case.decoder, case.levels, target).maps
+    out = case.head.eval().reconstruct(case.decoder, case.levels, target)
+    errors, hidden = out.maps["cell_errors"], out.maps["hidden"]
+    assert torch.equal(hidden, case.hidden) and errors.shape == hidden.shape
+    predicted = hidden if readout == "masked_queries" else case.valid
+    assert torch.equal(errors.isfinite(), predicted)
+    assert float(errors[hidden].mean()) == pytest.approx(float(out.losses["loss_recon"]), rel=1e-5)
+
+
+def test_query_mix_is_bound_to_one_grid_width_and_decoder() -> None:
+    case = Case("query_mix", uneven=False)
+    case.head.grid = (16, 16)
+    with pytest.raises(ValueError, match="bound to maps of 16x16 cells, got 8x8.*PRETRAIN_CROP_SIZE"):
+        case.predict()
+    with pytest.raises(ValueError, match="width 16 into cells of 12 channels.*HIDDEN_DIM"):
+        make_head(12, readout="query_mix")
+    other = Case("query_mix", uneven=False)
+    del other.decoder.query_feat
+    with pytest.raises(ValueError, match="query_feat and query_embed, which Decoder lacks"):
+        other.predict()
+    with pytest.raises(ValueError, match="needs the number of queries and the grid"):
+        MaskJEPAHead(
+            MaskJEPASettings(readout="query_mix"),
+            feature_dim=8,
+            mask_dim=8,
+            hidden_dim=8,
+            heads=2,
+            feedforward=8,
+        )
+
+
 # --- denoising
 
 
-@pytest.mark.parametrize("aim", ["noise", "image"])
-def test_denoising_loss_by_hand(aim) -> None:
-    head = make_head(denoise_target=aim)
+def pooled(image, how):
+    """[B, c, H, W] at a quarter of the size, in NumPy."""
+    cells = image.reshape(*image.shape[:2], image.shape[2] // 4, 4, image.shape[3] // 4, 4)
+    if how == "area":
+        return cells.mean(axis=(3, 5))
+    if how == "bilinear":  # at a scale of 4 its sample point lies between the two middle pixels
+        return cells[:, :, :, 1:3, :, 1:3].mean(axis=(3, 5))
+    return cells[:, :, :, 0, :, 0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"denoise_noise_scale": "unit"},
+        {"denoise_target": "image"},
+        {"denoise_target": "image", "denoise_downsample": "bilinear"},
+        {"denoise_target": "image", "denoise_downsample": "nearest"},
+    ],
+)
+def test_denoising_loss_by_hand(options) -> None:
+    head = make_head(**options)
     features, noise = torch.randn(2, 8, 6, 8), 0.4 * torch.randn(2, 3, 6, 8)
     image = torch.randn(2, 3, 24, 32)
     valid = valid_cells([(24, 32), (24, 18)], (6, 8), 4)
     out = head.denoise_loss(features, noise, image, valid)
     weight, bias = head.denoise.weight.detach().numpy()[:, :, 0, 0], head.denoise.bias.detach().numpy()
     predicted = np.einsum("oc,bchw->bohw", weight, features.numpy()) + bias[:, None, None]
-    want = noise.numpy() if aim == "noise" else image.numpy().reshape(2, 3, 6, 4, 8, 4).mean(axis=(3, 5))
+    if "denoise_target" in options:
+        want = pooled(image.numpy(), options.get("denoise_downsample", "area"))
+    else:
+        want = noise.numpy() / (0.4 if options else 1)
     inside = np.broadcast_to(valid.numpy()[:, None], want.shape)
     loss = ((predicted - want) ** 2)[inside].mean()
     spread = want.transpose(0, 2, 3, 1)[valid.numpy()].var(axis=0).mean()
     assert float(out.losses["loss_denoise"].detach()) == pytest.approx(loss, rel=1e-5)
     assert float(out.metrics["denoise_r2"]) == pytest.approx(1 - loss / spread, rel=1e-4)
+    assert "denoised" not in out.maps
+    maps = head.eval().denoise_loss(features, noise, image, valid).maps
+    assert np.allclose(maps["denoised"].numpy(), predicted, atol=1e-5)
+
+
+def test_the_denoised_map_may_be_the_one_before_the_last_convolution() -> None:
+    assert make_head(denoise_feature="mask_features", mask_dim=8).denoise.in_channels == 8
+    assert make_head(denoise_feature="stride4", mask_dim=8).denoise.in_channels == WIDTH
 
 
 def test_a_count_is_at_least_one() -> None:
@@ -395,11 +370,11 @@ def test_a_count_is_at_least_one() -> None:
 
 
 def step_inputs(size=(64, 64), count=2) -> dict:
-    grid = (size[0] // 8, size[1] // 8)
+    maps = [torch.randn(count, WIDTH, size[0] // stride, size[1] // stride) for stride in (32, 16, 8)]
     return {
-        "feature": torch.randn(count, WIDTH, *grid),
-        "target": torch.randn(count, WIDTH, *grid),
-        "mask_features": torch.randn(count, 8, size[0] // 4, size[1] // 4),
+        "levels": maps,
+        "target": torch.randn_like(maps[-1]),
+        "denoise_feature": torch.randn(count, 8, size[0] // 4, size[1] // 4),
         "noise": draw_noise(keys(count, "noise"), 3, size, 0.4),
         "image": torch.randn(count, 3, *size),
         "tile_keys": keys(count),
@@ -434,10 +409,14 @@ def test_padding_and_what_it_holds_reach_no_loss() -> None:
     inputs, decoder, head = step_inputs(), Decoder(), make_head(mask_patch=2)
     inputs["image_sizes"] = [(64, 64), (40, 57)]
     before = head(decoder, **inputs)
-    for name, stride in (("feature", 8), ("target", 8), ("mask_features", 4), ("noise", 4)):
-        grid = inputs[name].shape[-2:]
-        outside = ~valid_cells(inputs["image_sizes"], tuple(grid), stride)
-        inputs[name] = inputs[name].masked_fill(outside[:, None], 7.0)
+
+    def outside(tensor, stride):
+        padding = ~valid_cells(inputs["image_sizes"], tuple(tensor.shape[-2:]), stride)
+        return tensor.masked_fill(padding[:, None], 7.0)
+
+    inputs["levels"] = [outside(m, stride) for m, stride in zip(inputs["levels"], (32, 16, 8), strict=True)]
+    for name, stride in (("target", 8), ("denoise_feature", 4), ("noise", 4)):
+        inputs[name] = outside(inputs[name], stride)
     after = head(decoder, **inputs)
     for name in before.losses:
         assert torch.allclose(before.losses[name], after.losses[name], rtol=1e-5), name
@@ -449,8 +428,8 @@ def test_padding_and_what_it_holds_reach_no_loss() -> None:
 def test_other_levels_read_their_own_embedding_and_projection(stride) -> None:
     head, decoder = make_head(12, recon_stride=stride, mask_patch=2), Decoder(features=12)
     inputs = step_inputs((128, 128))
-    for name in ("feature", "target"):
-        inputs[name] = torch.randn(2, 12, 128 // stride, 128 // stride)
+    inputs["levels"] = [torch.randn(2, 12, 128 // other, 128 // other) for other in (32, 16, 8)]
+    inputs["target"] = torch.randn(2, 12, 128 // stride, 128 // stride)
     sum(head(decoder, **inputs).losses.values()).backward()
     level = {32: 0, 16: 1}[stride]
     assert [bool(row.any()) for row in decoder.level_embed.weight.grad] == [i == level for i in range(3)]
@@ -473,12 +452,12 @@ class LargestOutput(TorchDispatchMode):
 def test_no_attention_weights_are_materialised_at_the_papers_size() -> None:
     """4,096 queries on 4,096 keys: the weights of one layer would be 4 x 4,096 x 4,096 numbers."""
     head, decoder = make_head(self_attention_blocks=1), Decoder(layers=1)
-    valid = full(1, 64, 64)
-    hidden = draw_tile_mask(keys(1), valid, 8, 0.5)
-    watch = LargestOutput()
+    maps, watch = (
+        [torch.randn(1, WIDTH, 512 // stride, 512 // stride) for stride in (32, 16, 8)],
+        LargestOutput(),
+    )
+    levels = head.masked_levels(maps, 1, keys(1), [(512, 512)])
     with torch.no_grad(), watch:
-        out = head.reconstruct(
-            decoder, torch.randn(1, WIDTH, 64, 64), torch.randn(1, WIDTH, 64, 64), hidden, valid
-        )
+        out = head.reconstruct(decoder, levels, torch.randn(1, WIDTH, 64, 64))
     assert bool(out.losses["loss_recon"].isfinite())
     assert 4096 * WIDTH <= watch.largest <= 4096 * 3 * WIDTH * 2

@@ -48,13 +48,14 @@ def test_evaluation_waits_for_no_other_process(monkeypatch):
     import torch
 
     from jepa_plugins.core import mask_jepa
+    from jepa_plugins.core.settings import MaskJEPASettings
 
     def exchanged(*_):
         raise AssertionError("counts were exchanged")
 
     monkeypatch.setattr(mask_jepa, "mean_count", exchanged)
     head = mask_jepa.MaskJEPAHead(
-        mask_jepa.MaskJEPASettings(recon_weight=0.0),
+        MaskJEPASettings(recon_weight=0.0),
         feature_dim=8,
         mask_dim=8,
         hidden_dim=8,

@@ -13,9 +13,9 @@ from prepare_data import make_synthetic  # noqa: E402
 from tiny import BACKBONE, losses_of, tiny_config, train  # noqa: E402
 
 from jepa_plugins.config_files import list_configs  # noqa: E402
-from jepa_plugins.core.mask_jepa import MaskJEPASettings  # noqa: E402
+from jepa_plugins.core.settings import MaskJEPASettings  # noqa: E402
 from jepa_plugins.d2 import add_jepa_config, get_config  # noqa: E402
-from jepa_plugins.d2.config import mask_jepa_settings  # noqa: E402
+from jepa_plugins.d2.config import SETTING_KEYS, mask_jepa_settings  # noqa: E402
 
 CONFIGS = [name for name in list_configs() if name.startswith("detectron2/")]
 QUICK = [name.split("/")[-1][:-5] for name in CONFIGS if "/quick/" in name and not name.endswith("base.yaml")]
@@ -43,17 +43,29 @@ def test_each_key_reaches_the_method() -> None:
     keys = {
         "NOISE.SIGMA": ("noise_sigma", 0.3),
         "MASK.RATIO": ("mask_ratio", 0.6),
-        "MASK.PATCH": ("mask_patch", 3),
+        "MASK.PATCH": ("mask_patch", 6),
         "RECON_STRIDE": ("recon_stride", 16),
         "SELF_ATTN.M": ("self_attention_blocks", 5),
         "READOUT": ("readout", "masked_queries"),
         "DENOISE.TARGET": ("denoise_target", "image"),
         "LOSS.RECON_WEIGHT": ("recon_weight", 0.7),
         "LOSS.DENOISE_WEIGHT": ("denoise_weight", 0.2),
+        "LOSS.REDUCTION": ("recon_reduction", "norm"),
+        "NOISE.SPACE": ("noise_space", "symmetric"),
+        "MASK.SAMPLING": ("mask_sampling", "bernoulli"),
+        "LEVELS": ("levels", "round_robin"),
+        "POS_ON_VALUE": ("pos_on_value", True),
+        "READOUT_NORM": ("readout_norm", False),
+        "SELF_ATTN.PLACEMENT": ("placement", "image"),
+        "DENOISE.FEATURE": ("denoise_feature", "stride4"),
+        "DENOISE.DOWNSAMPLE": ("denoise_downsample", "bilinear"),
     }
+    assert keys.keys() == SETTING_KEYS.keys() - {"DENOISE.NOISE_SCALE"}  # of the other denoise target
     overrides = [item for key, (_, value) in keys.items() for item in (node + key, value)]
     got = mask_jepa_settings(get_config("detectron2/mask_jepa/R50_in1k.yaml", overrides))
     assert got == MaskJEPASettings(**dict(keys.values()))
+    unit = get_config("detectron2/mask_jepa/R50_in1k.yaml", [node + "DENOISE.NOISE_SCALE", "unit"])
+    assert mask_jepa_settings(unit) == MaskJEPASettings(denoise_noise_scale="unit")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +103,7 @@ def test_a_missing_file_is_named_with_close_ones() -> None:
 
 
 def test_values_that_make_no_sense_are_one_sentence() -> None:
-    with pytest.raises(ValueError, match="the read-out is one of"):
+    with pytest.raises(ValueError, match="the readout is one of"):
         on_meta("detectron2/quick/mask_jepa.yaml", "MODEL.MASK_JEPA.READOUT", "all")
 
 

@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from tiny import pictures, steps, tiny_config, tiny_model  # noqa: E402
 
 from jepa_plugins.core.deformable_attention import MSDeformAttn  # noqa: E402
-from jepa_plugins.core.mask_jepa import expand_noise  # noqa: E402
+from jepa_plugins.core.masking import expand_noise  # noqa: E402
 from jepa_plugins.d2.hooks import TargetHook  # noqa: E402
 from jepa_plugins.d2.mask_jepa import IMAGENET_STD, decoded_levels, noise_scale  # noqa: E402
 from jepa_plugins.d2.solver import build_optimizer  # noqa: E402
@@ -23,6 +23,8 @@ from jepa_plugins.d2.solver import build_optimizer  # noqa: E402
 METHOD = "MODEL.MASK_JEPA."
 TRAINED = {METHOD + "FREEZE_BACKBONE": False}
 SPATIAL = {METHOD + "READOUT": "spatial_queries"}
+# two layers read the maps of strides 32 and 16 only
+ROUND_ROBIN = {METHOD + "LEVELS": "round_robin", METHOD + "MASK.PATCH": 4}
 SQUARES = ((64, 64), (64, 64))
 WEIGHTS = {"recon": METHOD + "LOSS.RECON_WEIGHT", "denoise": METHOD + "LOSS.DENOISE_WEIGHT"}
 
@@ -67,6 +69,17 @@ def assert_equal_states(one: dict, other: dict) -> None:
         ({"MODEL.MASK_FORMER.HIDDEN_DIM": 16}, {"backbone", "input_proj.0", "input_proj.1"}),
         ({"MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ": True}, {"backbone", "input_proj.0", "input_proj.1"}),
         ({METHOD + "RECON_STRIDE": 16}, {"backbone"}),
+        (ROUND_ROBIN, {"backbone"}),
+        ({**ROUND_ROBIN, "MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ": True}, {"backbone", "input_proj.2"}),
+        ({METHOD + "READOUT": "query_mix"}, {"backbone"}),
+        ({**TRAINED, METHOD + "READOUT": "query_mix"}, set()),
+        ({METHOD + "READOUT_NORM": False}, {"backbone", "decoder_norm"}),
+        ({METHOD + "SELF_ATTN.PLACEMENT": "pre"}, {"backbone"}),
+        ({METHOD + "SELF_ATTN.PLACEMENT": "image"}, {"backbone"}),
+        ({METHOD + "POS_ON_VALUE": True}, {"backbone"}),
+        ({METHOD + "DENOISE.FEATURE": "stride4"}, {"backbone", "mask_features"}),
+        ({METHOD + "MASK.SAMPLING": "bernoulli"}, {"backbone"}),
+        ({METHOD + "LOSS.REDUCTION": "norm"}, {"backbone"}),
     ],
 )
 def test_every_trainable_parameter_gets_a_gradient_and_no_other(changes, untrained) -> None:
@@ -78,7 +91,8 @@ def test_every_trainable_parameter_gets_a_gradient_and_no_other(changes, untrain
             nn.init.normal_(module.attention_weights.weight, std=0.1)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
-    sizes = ((128, 128), (128, 128)) if METHOD + "RECON_STRIDE" in changes else SQUARES
+    large = METHOD + "RECON_STRIDE" in changes or METHOD + "LEVELS" in changes
+    sizes = ((128, 128), (128, 128)) if large else SQUARES
     losses = model(pictures(*sizes))
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
@@ -88,11 +102,11 @@ def test_every_trainable_parameter_gets_a_gradient_and_no_other(changes, untrain
         else:
             assert parameter.grad is None, name
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    tables = set() if changes.get(METHOD + "READOUT") == "query_mix" else {"query_feat", "query_embed"}
     never = {
         "class_embed",
         "mask_embed",
-        "query_feat",
-        "query_embed",
+        *tables,
         "target_pixel_decoder",
         "target_backbone",
     }
