@@ -8,7 +8,6 @@ serves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,16 +26,7 @@ from jepa_plugins.core.predictor import (
     run_layers,
 )
 from jepa_plugins.core.settings import LEVEL_STRIDES, QUERY_TABLES, MaskJEPASettings
-
-
-@dataclass
-class StepOutput:
-    """What one forward gives: losses (to be summed), metrics (to be logged) and, if asked for, the maps
-    behind them."""
-
-    losses: dict[str, Tensor]
-    metrics: dict[str, Tensor]
-    maps: dict[str, Tensor] = field(default_factory=dict)
+from jepa_plugins.core.step import StepOutput, channel_variance, merge
 
 
 class MaskJEPAHead(nn.Module):
@@ -109,7 +99,7 @@ class MaskJEPAHead(nn.Module):
         if self.settings.readout != "query_mix":
             place = pos[0][queries.index]
             return self.query.to(pos.dtype).expand(*queries.index.shape, -1), place
-        tables = [getattr(decoder, name, None) for name in QUERY_TABLES]
+        tables: list[Any] = [getattr(decoder, name, None) for name in QUERY_TABLES]
         if None in tables:
             raise ValueError(
                 f"the read-out query_mix trains the decoder's own {' and '.join(QUERY_TABLES)}, which "
@@ -283,12 +273,12 @@ class MaskJEPAHead(nn.Module):
         if self.settings.recon_weight > 0:
             assert target is not None
             given = self.masked_levels(levels, len(decoder_layers(decoder)), tile_keys, image_sizes)
-            _merge(out, self.reconstruct(decoder, given, target), self.settings.recon_weight)
+            merge(out, self.reconstruct(decoder, given, target), self.settings.recon_weight)
         if self.settings.denoise_weight > 0:
             assert denoise_feature is not None
             grid = (int(noise.shape[-2]), int(noise.shape[-1]))
             valid = valid_cells(image_sizes, grid, NOISE_CELL)
-            _merge(out, self.denoise_loss(denoise_feature, noise, image, valid), self.settings.denoise_weight)
+            merge(out, self.denoise_loss(denoise_feature, noise, image, valid), self.settings.denoise_weight)
         return out
 
 
@@ -310,18 +300,7 @@ def _as_map(values: Tensor, queries: Queries, shape: torch.Size) -> Tensor:
     return flat.scatter(1, queries.index, values).view(shape)
 
 
-def _merge(into: StepOutput, part: StepOutput, weight: float) -> None:
-    into.losses.update({name: weight * loss for name, loss in part.losses.items()})
-    into.metrics.update(part.metrics)
-    into.maps.update(part.maps)
-
-
 def normalised_target(target: Tensor) -> Tensor:
     """Layer norm over channels without affine, eps 1e-5: [B, C, H, W] -> float32 [B, H*W, C], no gradient."""
     cells = target.detach().flatten(2).transpose(1, 2).float()
     return F.layer_norm(cells, cells.shape[-1:])
-
-
-def channel_variance(vectors: Tensor) -> Tensor:
-    """Variance of [n, C] over n, averaged over channels; 0-dimensional."""
-    return vectors.float().var(dim=0, unbiased=False).mean()

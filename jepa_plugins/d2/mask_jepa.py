@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from jepa_plugins.core.collapse import rank_metrics
 from jepa_plugins.core.ema import ema_update, momentum_at, target_copy
-from jepa_plugins.core.mask_jepa import MaskJEPAHead, StepOutput
+from jepa_plugins.core.mask_jepa import MaskJEPAHead
 from jepa_plugins.core.masking import draw_noise, expand_noise, valid_cells
 from jepa_plugins.core.predictor import decoder_layers
 from jepa_plugins.core.random import sample_keys
 from jepa_plugins.core.settings import MaskJEPASettings
+from jepa_plugins.core.step import StepOutput
 from jepa_plugins.d2.backbones import build_backbone
 from jepa_plugins.d2.config import mask_jepa_settings
 from jepa_plugins.d2.inputs import normalised_batch
@@ -158,6 +159,8 @@ class MaskJEPA(nn.Module):
         for name, parameter in self.sem_seg_head.predictor.named_parameters():
             if not name.startswith(used) or other_levels.match(name):
                 parameter.requires_grad_(False)
+        if self.settings.denoise_weight == 0 and hasattr(self.backbone, "norm0"):
+            self.backbone.norm0.requires_grad_(False)  # Swin's norm of res2 leads to the stride-4 map only
         for name, parameter in self.sem_seg_head.pixel_decoder.named_parameters():
             if self.settings.denoise_weight == 0 and not name.startswith(("input_proj", "transformer")):
                 parameter.requires_grad_(False)  # leads to the stride-4 map only

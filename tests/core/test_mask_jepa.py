@@ -9,11 +9,12 @@ from published_like import HEADS, QUERIES, WIDTH, Decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_plugins.core.distributed import mean_count
-from jepa_plugins.core.mask_jepa import MaskJEPAHead, channel_variance, normalised_target, reduced
+from jepa_plugins.core.mask_jepa import MaskJEPAHead, normalised_target, reduced
 from jepa_plugins.core.masking import draw_noise, valid_cells
 from jepa_plugins.core.predictor import Level, Queries, choose_queries
 from jepa_plugins.core.random import sample_keys
 from jepa_plugins.core.settings import CHOICES, MaskJEPASettings
+from jepa_plugins.core.step import channel_variance
 
 READOUTS = CHOICES["readout"]
 

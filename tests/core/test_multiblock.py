@@ -1,0 +1,92 @@
+"""Multi-block masks by their properties."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jepa_plugins.core.multiblock import MultiBlock, draw_masks
+
+SHAPES = st.tuples(st.integers(6, 20), st.integers(6, 20))
+
+
+def is_block(cells, width: int) -> bool:
+    """Whether patch numbers fill a rectangle."""
+    rows, columns = cells // width, cells % width
+    box = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+    return len(cells.unique()) == len(cells) == int(box)
+
+
+@given(SHAPES, st.integers(0, 1000), st.sampled_from(["ijepa", "full_grid"]))
+@settings(max_examples=60, deadline=None)
+def test_targets_are_blocks_and_contexts_avoid_them(shape, seed, grid) -> None:
+    method = MultiBlock(grid=grid)
+    masks = draw_masks(method, shape, seed, torch.arange(5), 7)
+    count = shape[0] * shape[1]
+    assert masks.targets.shape[:2] == (5, 4)
+    assert int(masks.targets.max()) < count and int(masks.context.max()) < count
+    for targets, context in zip(masks.targets, masks.context, strict=True):
+        assert all(is_block(block, shape[1]) for block in targets)
+        assert bool((context[1:] > context[:-1]).all())  # raster order, no patch twice
+        assert len(context) > method.min_keep
+    if count >= 100:  # smaller grids may have to give up the last targets' distance
+        for targets, context in zip(masks.targets, masks.context, strict=True):
+            assert not set(context.tolist()) & set(targets.flatten().tolist())
+
+
+@given(SHAPES, st.integers(0, 1000), st.sampled_from(["ijepa", "full_grid"]))
+@settings(max_examples=30, deadline=None)
+def test_a_samples_masks_do_not_depend_on_its_batch(shape, seed, grid) -> None:
+    method, index = MultiBlock(grid=grid), torch.tensor([40, 3, 17])
+    together = draw_masks(method, shape, seed, index, 2)
+    for i in range(3):
+        alone = draw_masks(method, shape, seed, index[i : i + 1], 2)
+        assert torch.equal(together.targets[i], alone.targets[0])
+        fewest = together.context.shape[1]
+        assert torch.equal(together.context[i], alone.context[0, :fewest])
+
+
+def test_only_the_full_grid_reaches_the_last_row_and_column() -> None:
+    used = {}
+    for grid in ("ijepa", "full_grid"):
+        cells = torch.zeros(12, 16, dtype=torch.bool).flatten()
+        for call in range(80):
+            masks = draw_masks(MultiBlock(grid=grid), (12, 16), 1, torch.arange(4) + 4 * call, call)
+            cells[masks.targets.flatten()] = True
+        used[grid] = cells.view(12, 16)
+    assert not bool(used["ijepa"][-1].any() | used["ijepa"][:, -1].any())
+    assert bool(used["full_grid"].all())
+
+
+def test_small_grids_let_targets_overlap_the_context_rather_than_fail() -> None:
+    crowded = MultiBlock(target_scale=(0.4, 0.4), min_keep=20)
+    masks = draw_masks(crowded, (6, 6), 0, torch.arange(64), 0)
+    assert masks.context.shape[1] > 20
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"target_scale": (0.0, 0.2)}, "target_scale is two shares"),
+        ({"context_scale": (0.9, 0.8)}, "context_scale is two shares"),
+        ({"target_aspect": (0.0, 1.0)}, "target_aspect is two ratios"),
+        ({"targets": 0}, "at least one target block"),
+        ({"grid": "all"}, "the mask grid is one of ijepa, full_grid"),
+    ],
+)
+def test_settings_that_make_no_sense(options, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        MultiBlock(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "sentence"),
+    [
+        ({}, (3, 3), "a grid of 3x3 patches is too small"),
+        ({"min_keep": 0}, (2, 2), "target blocks of 0.15 of 2x2 patches hold none"),
+        ({"min_keep": 35}, (6, 6), "hold no more than min_keep 35"),
+    ],
+)
+def test_grids_that_are_too_small(options, shape, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        draw_masks(MultiBlock(**options), shape, 0, torch.arange(2), 0)

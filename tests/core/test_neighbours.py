@@ -1,0 +1,126 @@
+"""Masked Semantic Neighboring against a plain loop, and by its properties."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jepa_plugins.core.neighbours import (
+    Neighbourhood,
+    Neighbours,
+    choose_neighbours,
+    pick_neighbours,
+    shared_with,
+)
+
+
+def candidates(row: int, column: int, grid, how: Neighbourhood) -> set[int]:
+    """Patch numbers, by the definition."""
+    height, width = grid
+    if not how.window:
+        found = set(range(height * width))
+    else:
+        half, found = how.window // 2, set()
+        top, left = row - half, column - half
+        if how.border == "shift":
+            top = min(max(top, 0), height - how.window)
+            left = min(max(left, 0), width - how.window)
+        for r in range(top, top + how.window):
+            for c in range(left, left + how.window):
+                if how.border == "wrap":
+                    found.add(r % height * width + c % width)
+                elif 0 <= r < height and 0 <= c < width:
+                    found.add(r * width + c)
+    return found if how.include_self else found - {row * width + column}
+
+
+@given(
+    st.tuples(st.integers(5, 8), st.integers(5, 8)),
+    st.sampled_from([0, 3, 5]),
+    st.integers(1, 8),
+    st.booleans(),
+    st.sampled_from(["shift", "wrap", "mask"]),
+    st.integers(0, 1000),
+)
+@settings(max_examples=80, deadline=None)
+def test_the_most_similar_candidates_are_chosen(grid, window, k, include_self, border, seed) -> None:
+    how = Neighbourhood(window=window, k=k, include_self=include_self, border=border)
+    features = torch.randn(2, grid[0] * grid[1], 6, generator=torch.Generator().manual_seed(seed))
+    got = choose_neighbours(features, grid, how)
+    cosine = F.cosine_similarity(features[:, :, None], features[:, None], dim=-1)
+    for image in range(2):
+        for patch in range(grid[0] * grid[1]):
+            open_to = candidates(patch // grid[1], patch % grid[1], grid, how)
+            want = set(sorted(open_to, key=lambda other: -float(cosine[image, patch, other]))[:k])
+            valid = slice(None) if got.valid is None else got.valid[image, patch]
+            assert set(got.index[image, patch][valid].tolist()) == want
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_changing_one_image_leaves_the_others_alone(window) -> None:
+    how = Neighbourhood(window=window)
+    features = torch.randn(3, 36, 8)
+    before = choose_neighbours(features, (6, 6), how).index
+    features[1] = torch.randn(36, 8)
+    after = choose_neighbours(features, (6, 6), how).index
+    assert torch.equal(before[[0, 2]], after[[0, 2]]) and not torch.equal(before[1], after[1])
+
+
+class LargestOutput(TorchDispatchMode):
+    """Remembers the most elements that any operation's output had."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.numel())
+        return out
+
+
+def test_memory_is_linear_in_the_patches() -> None:
+    watch, features = LargestOutput(), torch.randn(1, 64 * 64, 16)
+    with watch:
+        choose_neighbours(features, (64, 64), Neighbourhood())
+    assert watch.largest <= 64 * 64 * 25  # never patches x patches
+
+
+def test_shared_neighbours_are_counted() -> None:
+    index = torch.tensor([[[1, 2], [3, 4]]])
+    assert float(shared_with(Neighbours(index, None), Neighbours(index.flip(-1), None))) == 1
+    other = torch.tensor([[[1, 9], [8, 9]]])
+    assert float(shared_with(Neighbours(index, None), Neighbours(other, None))) == 0.25
+    valid = torch.tensor([[[True, False], [False, False]]])
+    assert float(shared_with(Neighbours(index, valid), Neighbours(other, None))) == 1
+
+
+def test_pick_neighbours() -> None:
+    tokens = torch.arange(10.0).view(1, 5, 2)
+    got = pick_neighbours(tokens, torch.tensor([[[4, 0], [1, 1]]]))
+    assert got.tolist() == [[[[8, 9], [0, 1]], [[2, 3], [2, 3]]]]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"window": 4}, "odd number from 3 on, got 4"),
+        ({"window": 1}, "odd number from 3 on, got 1"),
+        ({"k": 9}, "between 1 and the 8 candidates, got 9"),
+        ({"k": 10, "include_self": True}, "the 9 candidates, got 10"),
+        ({"k": 0}, "got 0"),
+        ({"border": "clamp"}, "shift, wrap, mask, got 'clamp'"),
+    ],
+)
+def test_settings_that_make_no_sense(options, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Neighbourhood(**options)
+
+
+def test_grids_that_are_too_small() -> None:
+    with pytest.raises(ValueError, match="a grid of 4x2 patches is smaller than the 3x3 window"):
+        choose_neighbours(torch.randn(1, 8, 4), (4, 2), Neighbourhood())
+    with pytest.raises(ValueError, match="k is 4, but a patch has 3 candidates"):
+        choose_neighbours(torch.randn(1, 4, 4), (2, 2), Neighbourhood(window=0))
