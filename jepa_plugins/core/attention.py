@@ -25,13 +25,24 @@ def uses_explicit_softmax(device: str, dtype: torch.dtype, scores: int) -> bool:
     return scores <= EXPLICIT_UP_TO.get((device, dtype), 0)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v.
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(scale q k^T) v.
 
     Args:
         query: [B, heads, Nq, d].
         key, value: [B, heads, Nk, d].
-        mask: bool, broadcastable to [B, heads, Nq, Nk]; True where a query may look. Each row needs one True.
+        mask: broadcastable to [B, heads, Nq, Nk]. bool: True where a query may look, each row needs one True.
+            In query's floating type: added to the scores, such as a relative position bias.
+        scale: of the scores; d ** -0.5 if None.
+        dropout: rate on the weights, 0 to 1; the caller gives 0 outside training.
 
     Returns:
         [B, heads, Nq, d].
@@ -50,11 +61,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
             key.shape[-2],
         )
     if not explicit:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    if mask is not None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
+        )
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1) @ value
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(dim=-1)
+    return (F.dropout(weights, dropout) if dropout else weights) @ value
 
 
 def multihead_attention(

@@ -321,7 +321,8 @@ class LoadReport:
     """What a load did. Names are the model's, except in `unexpected`, `left_out` and the first of a pair.
 
     loaded: taken from the checkpoint (renamed and resized ones too). resized: taken, but the module gave
-    the tensor another shape or content first. mismatched: (name, checkpoint's shape, model's shape).
+    the tensor another shape or content first. adapted: (name, checkpoint's channels, model's) of a first
+    convolution for images of another number of channels. mismatched: (name, checkpoint's shape, model's shape).
     left_out: not loaded on request. missing: in the model only. unexpected: in the checkpoint only.
     """
 
@@ -329,6 +330,7 @@ class LoadReport:
     loaded: list[str] = field(default_factory=list)
     renamed: list[tuple[str, str]] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
+    adapted: list[tuple[str, int, int]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -338,10 +340,15 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} of {self.offered} tensors loaded"]
         renamed = [f"{old} -> {new}" for old, new in self.renamed]
+        adapted = [
+            f"{name} ({old} channels {'summed' if new == 1 else f'repeated and scaled by {old}/{new}'})"
+            for name, old, new in self.adapted
+        ]
         shapes = [f"{name} {old} here {new}" for name, old, new in self.mismatched]
         for title, entries in (
             ("renamed", _some(renamed)),
             ("resized", _grouped(self.resized)),
+            ("adapted to the images' channels", _some(adapted)),
             ("left out", _grouped(self.left_out)),
             ("missing, kept as initialised", _grouped(self.missing)),
             ("unexpected, not used", _grouped(self.unexpected)),
@@ -440,10 +447,12 @@ def check_finite(weights: Mapping[str, Tensor], source: str = "the checkpoint") 
         )
 
 
-def _watch(model: nn.Module, weights: Mapping[str, Tensor], report: LoadReport) -> list[Any]:
+def _watch(
+    model: nn.Module, weights: Mapping[str, Tensor], report: LoadReport, adapt_stem: bool
+) -> list[Any]:
     """Hooks that see every tensor as its module is about to take it, after all renaming.
 
-    Tensors are followed by identity; those of another shape are taken out and reported.
+    Tensors are followed by identity; those of another shape are adapted, or taken out and reported.
     """
     origin = {id(value): name for name, value in weights.items()}
 
@@ -456,7 +465,8 @@ def _watch(model: nn.Module, weights: Mapping[str, Tensor], report: LoadReport) 
             value = state_dict[key]
             old_scalar = target.dim() == 0 and value.shape == (1,)  # torch accepts those of 0.3
             lazy = nn.parameter.is_lazy(target)
-            if value.shape != target.shape and not old_scalar and not lazy:
+            stem = adapt_stem and not lazy and _is_stem(value.shape, target.shape)
+            if value.shape != target.shape and not (old_scalar or lazy or stem):
                 report.mismatched.append((key, tuple(value.shape), tuple(target.shape)))
                 del state_dict[key]
                 continue
@@ -464,6 +474,9 @@ def _watch(model: nn.Module, weights: Mapping[str, Tensor], report: LoadReport) 
             if before is None and key not in weights:
                 continue  # the module itself filled the gap
             report.loaded.append(key)
+            if stem:
+                state_dict[key] = adapted_stem(value, target.shape[1])
+                report.adapted.append((key, value.shape[1], target.shape[1]))
             if before is None:
                 report.resized.append(key)
             elif before != key:
@@ -475,6 +488,27 @@ def _watch(model: nn.Module, weights: Mapping[str, Tensor], report: LoadReport) 
     ]
 
 
+def adapted_stem(weight: Tensor, channels: int) -> Tensor:
+    """Weights of a first convolution on colour images [O, 3, k, k] for `channels` others [O, channels, k, k].
+
+    One channel takes their sum, so that grey images give what they gave as colour images of three equal channels;
+    more take them in turn, scaled by 3 / channels. This is timm's rule.
+    """
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    turns = torch.arange(channels, device=weight.device) % weight.shape[1]
+    return weight[:, turns] * (weight.shape[1] / channels)
+
+
+def _is_stem(theirs: Sequence[int], ours: Sequence[int]) -> bool:
+    """Whether two shapes differ as those of a first convolution on colour images and on others do."""
+    return (
+        len(theirs) == len(ours) == 4
+        and theirs[1] == 3 != ours[1]
+        and [*theirs[:1], *theirs[2:]] == [*ours[:1], *ours[2:]]
+    )
+
+
 def _aliases(model: nn.Module, names: set[str]) -> set[str]:
     """Further names of the tensors that `names` name."""
     tensors = model.state_dict(keep_vars=True)
@@ -482,8 +516,8 @@ def _aliases(model: nn.Module, names: set[str]) -> set[str]:
     return {name for name, tensor in tensors.items() if id(tensor) in ids}
 
 
-def _load(model: nn.Module, weights: OrderedDict[str, Tensor], report: LoadReport) -> None:
-    handles = _watch(model, weights, report)
+def _load(model: nn.Module, weights: OrderedDict[str, Tensor], report: LoadReport, adapt_stem: bool) -> None:
+    handles = _watch(model, weights, report, adapt_stem)
     try:
         outcome = model.load_state_dict(weights, strict=False)
     finally:
@@ -580,6 +614,7 @@ def load_into(
     stacks: Iterable[str] = (),
     leave_out: Iterable[str] = (),
     optional: Iterable[str] = (),
+    adapt_stem: bool = False,
     source: str = "the checkpoint",
 ) -> LoadReport:
     """Load weights into `model` by name, report everything, and fail when the result is not what was asked.
@@ -589,7 +624,8 @@ def load_into(
     whole: prefixes below which all tensors must be loaded if any is.
     stacks: prefixes below which numbered siblings (the layers of a stage) must be loaded all or none.
     leave_out: prefixes of checkpoint names not to load. optional: prefixes of model names that are never
-    called missing. source: the file's name, for messages.
+    called missing. adapt_stem: change the weights of a first convolution on colour images where the model takes
+    another number of channels (`adapted_stem`). source: the file's name, for messages.
 
     The modules' own renaming of old checkpoints runs as in `load_state_dict`. Raises CheckpointError for
     tensors of another shape (another architecture, another number of classes), too few matches, a missing
@@ -601,7 +637,7 @@ def load_into(
     check_finite(weights, source)
     report = LoadReport(source=source, offered=len(weights))
     report.left_out = [name for name in state_dict if _any_below(name, leave_out)]
-    _load(model, weights, report)
+    _load(model, weights, report, adapt_stem)
     optional = list(optional)
     report.missing = [name for name in report.missing if not _any_below(name, optional)]
     _check_shapes(report)

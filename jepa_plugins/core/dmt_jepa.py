@@ -144,8 +144,9 @@ class DMTJEPAModel(nn.Module):
         self.context_head = (
             AggregationHead(encoder.width, encoder.heads, settings.depth) if settings.has_head else None
         )
-        self.target_encoder: Any = target_copy(encoder)
-        self.target_encoder.checkpointing = False
+        target = target_copy(encoder)
+        target.checkpointing = False  # no gradient, nothing to recompute
+        self.target_encoder: Any = target
         self.target_head: Any = None if self.context_head is None else target_copy(self.context_head)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("ema_pending", torch.zeros((), dtype=torch.bool))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def momentum_at(step: int, total_steps: int, start: float, end: float) -> float:
@@ -18,7 +21,7 @@ def momentum_at(step: int, total_steps: int, start: float, end: float) -> float:
     return start + (end - start) * share
 
 
-def target_copy(module: nn.Module) -> nn.Module:
+def target_copy(module: M) -> M:
     """A copy that starts equal, never takes a gradient and is in eval mode."""
     target = copy.deepcopy(module)
     target.requires_grad_(False)

@@ -182,6 +182,7 @@ class Checkpointer(DetectionCheckpointer):
             stacks=["backbone", "sem_seg_head"],
             leave_out=() if self._resuming else self.leave_out,
             optional=["pixel_mean", "pixel_std", *(target for target, _ in copied)],
+            adapt_stem=self._adapts_stem(),
             source=self._source or "the checkpoint",
         )
         # old files hold these, current models compute them
@@ -212,6 +213,21 @@ class Checkpointer(DetectionCheckpointer):
                 self._source,
             )
 
+    def _adapts_stem(self) -> bool:
+        """A start from other weights may change the number of input channels; a resume or an evaluation not."""
+        return not self._resuming and "" not in self.required
+
+    def _colour_stem(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The first convolution as it would be for colour images, if it is not and `weights` have such a one:
+        detectron2's heuristics match tensors of the same shape only."""
+        channels = len(getattr(self.model, "pixel_mean", (None,) * 3))
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Conv2d) and module.in_channels == channels != 3 and module.groups == 1:
+                shape = torch.Size((module.out_channels, 3, *module.kernel_size))
+                same = any(tensor.shape == shape for tensor in weights.values())
+                return {f"{name}.weight": torch.empty(shape, device="meta")} if same else {}
+        return {}
+
     def _align(self, weights: Mapping[str, Tensor], caffe2: bool) -> OrderedDict[str, Tensor]:
         """Weights under the model's names, matched by suffix (detectron2's heuristics)."""
         # a target copy would make each backbone name match twice
@@ -220,6 +236,8 @@ class Checkpointer(DetectionCheckpointer):
             for name, tensor in self.model.state_dict().items()
             if not any(below(name, target) for target, _ in TARGETS)
         }
+        if self._adapts_stem():
+            names |= self._colour_stem(weights)
         aligned = OrderedDict(align_and_update_state_dicts(names, dict(weights), c2_conversion=caffe2))
         aligned._metadata = OrderedDict()  # such files are older than any module version
         return aligned

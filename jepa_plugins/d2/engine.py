@@ -10,17 +10,15 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
 
-from jepa_plugins.core.checkpoints import CheckpointError
 from jepa_plugins.d2 import solver
 from jepa_plugins.d2.checkpoint import Checkpointer
 from jepa_plugins.d2.data.catalog import check_num_classes, ensure_registered
@@ -28,7 +26,8 @@ from jepa_plugins.d2.data.loader import build_labelled_loader, build_unlabelled_
 from jepa_plugins.d2.data.mappers import build_mapper
 from jepa_plugins.d2.evaluation import build_evaluator
 from jepa_plugins.d2.held_out import HeldOutEvaluator, build_held_out_loader
-from jepa_plugins.d2.hooks import CollapseHook, PretrainingNote, TargetHook, unwrapped
+from jepa_plugins.d2.hooks import CollapseHook, PretrainingNote, TargetHook, monitoring_hooks, unwrapped
+from jepa_plugins.d2.launchers import load_trainer_state, seed_iteration, trainer_state
 from jepa_plugins.d2.mask_jepa import MaskJEPA
 from jepa_plugins.d2.registration import build_model
 
@@ -75,14 +74,22 @@ def check_batch(cfg: CfgNode, world: int) -> int:
 
 
 class StartedLate:
-    """An iterable that builds its loader at the first batch, when the start iteration is known."""
+    """An iterable that builds its loader when it is asked for, or at the first batch: then the start iteration
+    is known."""
 
     def __init__(self, build: Callable[[int], Any]) -> None:
         self.build = build
         self.start_iteration = 0
+        self._built: tuple[int, Any] | None = None
+
+    def loader(self) -> Any:
+        """The loader that starts at `start_iteration`; one for each start."""
+        if self._built is None or self._built[0] != self.start_iteration:
+            self._built = (self.start_iteration, self.build(self.start_iteration))
+        return self._built[1]
 
     def __iter__(self) -> Iterator[list[dict]]:
-        yield from self.build(self.start_iteration)
+        yield from self.loader()
 
 
 class Loop(SimpleTrainer):
@@ -118,8 +125,7 @@ class Loop(SimpleTrainer):
 
     def run_step(self) -> None:
         """Forward, backward, step, metrics."""
-        key = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()]).generate_state(1)[0]
-        seed_all_rng(int(key) % 2**31)
+        seed_iteration(self.seed, self.iter)
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, torch.Tensor] = {}
         data_time = 0.0
@@ -142,16 +148,6 @@ class Loop(SimpleTrainer):
         self.stepped = norm is not None  # the scaler skips a step whose gradients overflowed
         if norm is not None:
             get_event_storage().put_scalar("grad_norm", float(norm), smoothing_hint=False)
-
-    def state_dict(self) -> dict:
-        """Optimiser and scaler."""
-        return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore them."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state.get("grad_scaler"):
-            self.grad_scaler.load_state_dict(state["grad_scaler"])
 
 
 class Trainer(DefaultTrainer):
@@ -198,35 +194,24 @@ class Trainer(DefaultTrainer):
         """As detectron2's; the data stream then starts where the run stands."""
         super().resume_or_load(resume)
         self._trainer.data_loader.start_iteration = self.start_iter
-        if hasattr(
-            self.scheduler, "max_iters"
-        ):  # a checkpoint holds it, but the configuration sets a run's length
-            self.scheduler.max_iters = self.max_iter
 
     def state_dict(self) -> dict:
         """Iteration, hooks, optimiser and scaler; detectron2's 0.6 tag leaves out the last two."""
-        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+        return trainer_state(self)
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore them.
-
-        Raises:
-            CheckpointError: the optimiser's state is missing.
-        """
-        if "_trainer" not in state:
-            raise CheckpointError(
-                f"the last checkpoint in {self.cfg.OUTPUT_DIR} lacks the optimiser's state, so a run cannot "
-                "resume from it: start without --resume and give it as MODEL.WEIGHTS"
-            )
-        TrainerBase.load_state_dict(self, state)
-        self._trainer.load_state_dict(state["_trainer"])
+        """Restore them; raises as `load_trainer_state`."""
+        load_trainer_state(self, state)
 
     def build_hooks(self) -> list:
-        """detectron2's, with ours before the checkpointer."""
+        """detectron2's, with ours before the checkpointer; those that only look stand before the writer."""
         hooks = super().build_hooks()
         model = unwrapped(self._trainer.model)
         if isinstance(model, MaskJEPA):
             hooks[1:1] = [TargetHook(model), CollapseHook()]
+        writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
+        place = min(writers, default=len(hooks))
+        hooks[place:place] = monitoring_hooks(self.cfg, model)
         return hooks
 
     @classmethod

@@ -1,6 +1,7 @@
 """Evaluators of semantic, instance and panoptic segmentation, on the CPU or a GPU, for any detectron2.
 
-Figures come from panopticapi (PQ), pycocotools (AP) and a confusion matrix (mIoU). detectron2's own mIoU
+Figures come from panopticapi (PQ), pycocotools (AP), a confusion matrix (mIoU) and, for Cityscapes, from
+cityscapesScripts. detectron2's own mIoU
 counts a class that is predicted but absent from the ground truth as 0 in its tag 0.6 and not at all in later
 versions; ours counts it as 0 everywhere, so the figure does not depend on the version. With every class
 present all agree.
@@ -8,10 +9,12 @@ present all agree.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
     COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
@@ -189,6 +194,52 @@ class InstanceEvaluator(COCOEvaluator):
         super().process(inputs, renumbered)
 
 
+@contextlib.contextmanager
+def _numpy_of_cityscapesscripts() -> Iterator[None]:
+    """cityscapesScripts calls `numpy.in1d`, which numpy 2.4 no longer has: lend it `isin`, its successor."""
+    lend = not hasattr(np, "in1d")
+    if lend:
+        np.in1d = np.isin  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if lend:
+            del np.in1d  # type: ignore[attr-defined]
+
+
+class CityscapesInstances(CityscapesInstanceEvaluator):
+    """Cityscapes's own AP and AP50 of instance masks, in percent under "segm", also of a panoptic model's.
+
+    Args:
+        dataset_name: a registered data set with ``gt_dir`` and ``thing_classes`` in its metadata.
+    """
+
+    def evaluate(self) -> OrderedDict | None:
+        """The figures; None but in the main process."""
+        from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as protocol
+
+        # It leaves a matches.json, which nobody reads, in the working directory, and fails to write numpy's numbers.
+        write, protocol.writeDict2JSON = protocol.writeDict2JSON, lambda content, file_name: None
+        try:
+            with _numpy_of_cityscapesscripts():
+                return super().evaluate()
+        finally:
+            protocol.writeDict2JSON = write
+
+
+class CityscapesSemantic(CityscapesSemSegEvaluator):
+    """Cityscapes's own IoU and iIoU of classes and categories ("_sup"), in percent under "sem_seg".
+
+    Args:
+        dataset_name: a registered data set with ``gt_dir`` in its metadata.
+    """
+
+    def evaluate(self) -> OrderedDict | None:
+        """The figures; None but in the main process."""
+        with _numpy_of_cityscapesscripts():
+            return super().evaluate()
+
+
 def _panoptic_evaluators(cfg: CfgNode, name: str, output_dir: str) -> list[DatasetEvaluator]:
     """PQ, AP and mIoU, as far as ``MODEL.MASK_FORMER.TEST`` switches the outputs on."""
     test = cfg.MODEL.MASK_FORMER.TEST
@@ -196,7 +247,7 @@ def _panoptic_evaluators(cfg: CfgNode, name: str, output_dir: str) -> list[Datas
     if test.PANOPTIC_ON:
         found.append(COCOPanopticEvaluator(name, output_dir))
     if test.INSTANCE_ON:
-        if MetadataCatalog.get(name).get("json_file"):
+        if os.path.isfile(MetadataCatalog.get(name).get("json_file") or ""):
             found.append(InstanceEvaluator(name, output_dir=output_dir))
         else:
             logger.warning("Data set '%s' has no instances json: its AP is not measured", name)
@@ -206,17 +257,16 @@ def _panoptic_evaluators(cfg: CfgNode, name: str, output_dir: str) -> list[Datas
 
 
 def _cityscapes_evaluators(cfg: CfgNode, name: str, kind: str, output_dir: str) -> list[DatasetEvaluator]:
-    from detectron2.evaluation import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
-
+    """Cityscapes's own figures; of a panoptic data set also PQ, as far as the switches ask for them."""
     test = cfg.MODEL.MASK_FORMER.TEST
     panoptic = kind == "cityscapes_panoptic_seg"
     found: list[DatasetEvaluator] = []
     if panoptic and test.PANOPTIC_ON:
         found.append(COCOPanopticEvaluator(name, output_dir))
     if kind == "cityscapes_sem_seg" or (panoptic and test.SEMANTIC_ON):
-        found.append(CityscapesSemSegEvaluator(name))
+        found.append(CityscapesSemantic(name))
     if kind == "cityscapes_instance" or (panoptic and test.INSTANCE_ON):
-        found.append(CityscapesInstanceEvaluator(name))
+        found.append(CityscapesInstances(name))
     return found
 
 

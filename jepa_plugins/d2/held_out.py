@@ -10,8 +10,9 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from jepa_plugins.core.archives import ImageList
 from jepa_plugins.core.collapse import HeldOutMeter
-from jepa_plugins.core.images import crop_and_resize, read_image
+from jepa_plugins.core.images import crop_and_resize
 from jepa_plugins.d2.data.unlabelled import list_source
 
 
@@ -27,19 +28,17 @@ class HeldOutImages(Dataset):
     """Centred crops, always the same; an unreadable file is an error here."""
 
     def __init__(self, cfg: CfgNode) -> None:
-        self.files = [
-            file
-            for source in cfg.DATASETS.UNLABELLED_TEST
-            for file in list_source(source, cfg.DATASETS.UNLABELLED_ROOT)
-        ]
+        self.files = ImageList.joined(
+            list_source(source, cfg.DATASETS.UNLABELLED_ROOT) for source in cfg.DATASETS.UNLABELLED_TEST
+        )
         self.crop = tuple(cfg.INPUT.PRETRAIN_CROP_SIZE)
-        self.format = cfg.INPUT.FORMAT
+        self.format, self.channels = cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        image = read_image(self.files[index], self.format)
+        image = self.files.read(index, self.format, channels=self.channels)
         crop = crop_and_resize(image, centred_box(*image.shape[:2], self.crop), self.crop)
         pixels = torch.from_numpy(crop).permute(2, 0, 1).contiguous()
         return {"image": pixels, "file_name": self.files[index], "sample_index": index}

@@ -4,8 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from detectron2.config import CfgNode
 from detectron2.structures import ImageList
 from torch import Tensor
+
+from jepa_plugins.core.images import BANDS, CHANNELS
+
+
+def check_channels(cfg: CfgNode) -> int:
+    """Number of channels of the input: the length of MODEL.PIXEL_MEAN.
+
+    Raises:
+        ValueError: MODEL.PIXEL_STD or INPUT.FORMAT has another number.
+    """
+    mean, std, order = len(cfg.MODEL.PIXEL_MEAN), len(cfg.MODEL.PIXEL_STD), cfg.INPUT.FORMAT
+    if std != mean:
+        raise ValueError(f"MODEL.PIXEL_STD has {std} values, MODEL.PIXEL_MEAN {mean}: give as many to both")
+    if CHANNELS.get(order, mean) != mean:
+        fitting = [name for name, channels in CHANNELS.items() if channels == mean]
+        raise ValueError(
+            f"INPUT.FORMAT {order} has {CHANNELS[order]} channels, MODEL.PIXEL_MEAN {mean}: give as many values "
+            f"to MODEL.PIXEL_MEAN and PIXEL_STD, or set INPUT.FORMAT to {' or '.join([*fitting, BANDS])}"
+        )
+    return mean
 
 
 def normalised_batch(

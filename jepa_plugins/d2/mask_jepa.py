@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -248,10 +249,10 @@ class MaskJEPA(nn.Module):
         if self.settings.denoise_weight == 0:
             return decoded_levels(decoder, features), None
         if self.settings.denoise_feature == "mask_features":
-            decoded = decoder.forward_features(features)
+            decoded = decode(decoder, features)
             return decoded[2], decoded[0]
         with captured_input(decoder.mask_features) as captured:
-            decoded = decoder.forward_features(features)
+            decoded = decode(decoder, features)
         return decoded[2], captured[0]
 
     def forward(self, batched_inputs: Sequence[dict]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
@@ -295,15 +296,23 @@ class MaskJEPA(nn.Module):
         backbone, decoder = self.backbone, self.sem_seg_head.pixel_decoder
         if which == "ema":
             backbone, decoder = self.target_backbone or backbone, self.target_pixel_decoder
-        decoded = decoder.forward_features(backbone(images.tensor))
+        decoded = decode(decoder, backbone(images.tensor))
         return {"stride4": decoded[0], "stride8": decoded[2][2]}
 
 
-def decoded_levels(pixel_decoder: nn.Module, features: dict[str, Tensor]) -> list[Tensor]:
+def decode(pixel_decoder: nn.Module, features: dict[str, Tensor]) -> Sequence[Any]:
+    """What `forward_features` returns, in float32 under any autocast: the published decoder turns CUDA's off
+    alone."""
+    device = next(iter(features.values())).device
+    with torch.autocast(device.type, enabled=False):
+        return pixel_decoder.forward_features(features)
+
+
+def decoded_levels(pixel_decoder: nn.Module, features: dict[str, Tensor]) -> Sequence[Tensor]:
     """The pixel decoder's maps at strides 32, 16 and 8; ours need not compute the stride-4 map for them."""
     if hasattr(pixel_decoder, "forward_levels"):
         return pixel_decoder.forward_levels(features)
-    return pixel_decoder.forward_features(features)[2]
+    return decode(pixel_decoder, features)[2]
 
 
 def crop_grid(crop: Sequence[int], stride: int, divisibility: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jepa_plugins.core.mask_jepa import MaskJEPAHead
 from jepa_plugins.core.optim import ClippedAdamW, ClippedSGD
 
-__all__ = ["build_lr_scheduler", "build_optimizer", "parameter_groups"]
+__all__ = ["announce_steps", "build_lr_scheduler", "build_optimizer", "group_parameters", "parameter_groups"]
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -33,26 +33,49 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]
                 yield module_name, module, name, parameter
 
 
-def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
+def group_parameters(
+    model: nn.Module,
+    *,
+    base_lr: float,
+    weight_decay: float,
+    weight_decay_norm: float = 0.0,
+    weight_decay_embed: float = 0.0,
+    backbone_multiplier: float = 1.0,
+) -> list[dict]:
     """Groups of equal learning rate and weight decay, as the published Mask2Former sets them.
 
-    The backbone's learning rate is multiplied by SOLVER.BACKBONE_MULTIPLIER; norms take WEIGHT_DECAY_NORM;
-    embeddings, and MaskJEPA's mask token and query, WEIGHT_DECAY_EMBED; position tables none.
+    Args:
+        model: only its parameters that take a gradient are grouped.
+        base_lr: learning rate; the backbone's is `base_lr * backbone_multiplier`.
+        weight_decay: of weights; norms take `weight_decay_norm`; embeddings, and MaskJEPA's mask token and query,
+            `weight_decay_embed`; position tables none.
     """
-    solver = cfg.SOLVER
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for module_name, module, name, parameter in _trainable(model):
-        rate, decay = solver.BASE_LR, solver.WEIGHT_DECAY
+        rate, decay = base_lr, weight_decay
         if "backbone" in module_name:
-            rate = rate * solver.BACKBONE_MULTIPLIER
+            rate = rate * backbone_multiplier
         if "relative_position_bias_table" in name or "absolute_pos_embed" in name:
             decay = 0.0
         if isinstance(module, _NORMS):
-            decay = solver.WEIGHT_DECAY_NORM
+            decay = weight_decay_norm
         if isinstance(module, (nn.Embedding, MaskJEPAHead)):
-            decay = solver.WEIGHT_DECAY_EMBED
+            decay = weight_decay_embed
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
+    """`group_parameters` with the values of `SOLVER`."""
+    solver = cfg.SOLVER
+    return group_parameters(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_embed=solver.WEIGHT_DECAY_EMBED,
+        backbone_multiplier=solver.BACKBONE_MULTIPLIER,
+    )
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -77,3 +100,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, max_norm=clip
         )
     raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; give ADAMW or SGD")
+
+
+def announce_steps(optimizer: ClippedAdamW | ClippedSGD, model: nn.Module) -> None:
+    """Under a loop without our hooks: MaskJEPA's targets move after each step that moved the weights."""
+    if hasattr(model, "update_target"):
+        model.ema_by_hook = True
+        optimizer.on_step = model.update_target

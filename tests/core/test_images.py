@@ -76,6 +76,107 @@ def test_alpha_is_dropped_not_blended(tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / "la.png")[:, :, 2], pixels[:, :, 0])
 
 
+def test_alpha_is_kept_on_request_and_bands_are_left_as_they_are(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "rgba.png")
+    Image.fromarray(pixels[:, :, :3]).save(tmp_path / "rgb.png")
+    Image.fromarray(pixels[:, :, 0]).save(tmp_path / "grey.png")
+    Image.fromarray(np.ascontiguousarray(pixels[:, :, 2:])).save(tmp_path / "la.png")
+    for order in ("RGBA", "BANDS"):
+        assert np.array_equal(read_image(tmp_path / "rgba.png", order), pixels)
+    opaque = read_image(tmp_path / "rgb.png", "RGBA")
+    assert np.array_equal(opaque[:, :, :3], pixels[:, :, :3]) and (opaque[:, :, 3] == 255).all()
+    grey = read_image(tmp_path / "grey.png", "RGBA")
+    assert (grey[:, :, :3] == pixels[:, :, :1]).all() and (grey[:, :, 3] == 255).all()
+    for name, channels in (("rgb", 3), ("grey", 1), ("la", 2)):
+        first = 2 if name == "la" else 0
+        assert np.array_equal(
+            read_image(tmp_path / f"{name}.png", "BANDS", channels=channels),
+            pixels[:, :, first : first + channels],
+        )
+    with pytest.raises(ImageError, match=r"rgb\.png' has 3 channels, and 4 are expected"):
+        read_image(tmp_path / "rgb.png", "BANDS", channels=4)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("order", ["RGB", "BGR", "L", "RGBA", "BANDS"])
+def test_every_mode_in_every_order(tmp_path: Path, mode: str, order: str) -> None:
+    Image.new(mode, (4, 3)).save(tmp_path / "x.tif")
+    image = read_image(tmp_path / "x.tif", order)
+    channels = {"RGBA": 4, "CMYK": 4, "LA": 2, "RGB": 3, "P": 3}.get(mode, 1) if order == "BANDS" else None
+    assert image.shape == (3, 4, channels or {"L": 1, "RGBA": 4}.get(order, 3))
+    assert image.dtype == np.uint8 and image.flags.writeable and image.flags.c_contiguous
+
+
+def test_pages_of_a_tiff_are_further_bands(tmp_path: Path) -> None:
+    bands = np.random.default_rng(2).integers(0, 256, (5, 7, 8), dtype=np.uint8)
+    deep = Image.fromarray(bands[:, :, 3].astype(np.uint16) * 256 + 99)
+    pages = [Image.fromarray(bands[:, :, :3]), deep, Image.fromarray(bands[:, :, 4:])]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    assert np.array_equal(read_image(tmp_path / "x.tif", "BANDS", channels=8), bands)
+    assert np.array_equal(read_image(tmp_path / "x.tif"), bands[:, :, :3])
+    pages[0].save(tmp_path / "y.tif", save_all=True, append_images=[deep.resize((3, 3))])
+    with pytest.raises(ImageError, match=r"y\.tif' has pages of different sizes"):
+        read_image(tmp_path / "y.tif", "BANDS")
+
+
+def test_bands_that_pillow_would_drop_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    pixels = np.zeros((3, 4, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.tif", tiffinfo={338: 0})  # the fourth band is no alpha
+    data = bytearray((tmp_path / "x.tif").read_bytes())
+    place = data.find((338).to_bytes(2, "little"))
+    data[place + 8] = 0
+    (tmp_path / "x.tif").write_bytes(data)
+    assert read_image(tmp_path / "x.tif").shape == (3, 4, 3)
+    with pytest.raises(ImageError, match=r"x\.tif.*4 bands on a page.*\.npy array \[H, W, C\]"):
+        read_image(tmp_path / "x.tif", "BANDS")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    channels=st.integers(1, 9),
+    deep=st.booleans(),
+    fortran=st.booleans(),
+)
+def test_arrays_are_images(tmp_path_factory, height, width, channels, deep, fortran) -> None:
+    path = tmp_path_factory.mktemp("array") / "x.npy"
+    values = np.random.default_rng(channels).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    stored = values.astype(np.uint16) * 256 + 7 if deep else values
+    np.save(path, np.asfortranarray(stored) if fortran else stored)
+    image = read_image(path, "BANDS", channels=channels)
+    assert np.array_equal(image, values) and image.flags.writeable and image.flags.c_contiguous
+    for order, count in (("RGB", 3), ("L", 1), ("RGBA", 4)):
+        if channels == count:
+            assert np.array_equal(read_image(path, order), values)
+        else:
+            with pytest.raises(ImageError, match=f"has {channels} channels, and {count} are expected"):
+                read_image(path, order)
+    if channels == 3:
+        assert np.array_equal(read_image(path, "BGR"), values[:, :, ::-1])
+    if channels == 1:
+        np.save(path, stored[:, :, 0])
+        assert np.array_equal(read_image(path, "L"), values)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.zeros((2, 3), dtype=np.float32), "float32 values: save them as uint8 or uint16"),
+        (np.zeros((2, 3, 4, 5), dtype=np.uint8), r"shape \[2, 3, 4, 5\]: save it as \[H, W, C\]"),
+        (np.zeros((0, 3), dtype=np.uint8), r"shape \[0, 3\]"),
+        (np.array([{}], dtype=object), "cannot be read as an array"),
+        (None, "cannot be read as an array"),
+    ],
+)
+def test_other_arrays_are_refused_with_the_remedy(tmp_path: Path, values, reason: str) -> None:
+    (tmp_path / "x.npy").write_text("text") if values is None else np.save(tmp_path / "x.npy", values)
+    with pytest.raises(ImageError, match=r"x\.npy.*" + reason) as caught:
+        read_image(tmp_path / "x.npy", "BANDS")
+    assert "\n" not in str(caught.value)
+
+
 def test_cmyk_image(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "ink.jpg", quality=100)
     red = read_image(tmp_path / "ink.jpg")
@@ -159,6 +260,15 @@ def test_listing_is_recursive_sorted_and_survives_a_circular_link(tmp_path: Path
     assert names == ["a/1.png", "b/2.JPEG", "c.jpg"]
 
 
+def test_arrays_are_listed_where_there_are_no_other_images(tmp_path: Path) -> None:
+    for name in ("a/1.npy", "0.npy", "x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list_image_files(tmp_path) == [str(tmp_path / "0.npy"), str(tmp_path / "a/1.npy")]
+    (tmp_path / "2.png").touch()
+    assert list_image_files(tmp_path) == [str(tmp_path / "2.png")]
+
+
 @settings(max_examples=200, deadline=None)
 @given(height=st.integers(1, 400), width=st.integers(1, 400), seed=st.integers(0, 1000))
 def test_box_lies_inside_any_image(height: int, width: int, seed: int) -> None:
@@ -196,6 +306,16 @@ def test_crop_resize_and_flip() -> None:
     assert cut.shape == (16, 12, 3) and (cut[:, :, 0] == 200).all()
     assert np.array_equal(crop_and_resize(image, (2, 4, 4, 4), (16, 12), flip=True), cut[:, ::-1])
     assert crop_and_resize(image[:, :, :1], (0, 0, 8, 8), (4, 4)).shape == (4, 4, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_channels_are_resized_each_by_itself(channels: int) -> None:
+    image = np.random.default_rng(channels).integers(0, 256, (9, 8, channels), dtype=np.uint8)
+    image[:, :4, -1] = 0  # no alpha that hides the others
+    whole = crop_and_resize(image, (1, 0, 8, 7), (5, 6), flip=True)
+    for i in range(channels):
+        alone = crop_and_resize(np.repeat(image[:, :, i : i + 1], 3, axis=2), (1, 0, 8, 7), (5, 6), flip=True)
+        assert np.array_equal(whole[:, :, i], alone[:, :, 0])
 
 
 def test_shrinking_is_antialiased() -> None:

@@ -287,7 +287,7 @@ def test_error_maps_for_pictures_in_evaluation_only(readout) -> None:
     assert torch.equal(hidden, case.hidden) and errors.shape == hidden.shape
     predicted = hidden if readout == "masked_queries" else case.valid
     assert torch.equal(errors.isfinite(), predicted)
-    assert float(errors[hidden].mean()) == pytest.approx(float(out.losses["loss_recon"]), rel=1e-5)
+    assert float(errors[hidden].mean()) == pytest.approx(float(out.losses["loss_recon"].detach()), rel=1e-5)
 
 
 def test_query_mix_is_bound_to_one_grid_width_and_decoder() -> None:

@@ -84,3 +84,105 @@ def test_a_gradient_scaler_hands_over_unscaled_gradients() -> None:
     assert float(optimizer.grad_norm) == pytest.approx(norm_of(with_gradients()), rel=1e-5)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+# --- accumulation
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(6, 4, generator=generator) for _ in range(count)]
+
+
+def foreign_loop(model: nn.Module, optimizer, inputs, scaler=None) -> None:
+    """Clears the gradients before every backward and steps after it."""
+    for x in inputs:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+
+def fresh() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def assert_close(one: nn.Module, other: nn.Module, tolerance: float = 0.0) -> None:
+    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert float((ours - theirs).detach().abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("make", [ClippedAdamW, ClippedSGD])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_accumulated_batches_equal_one_large_batch(make, parts, scaled) -> None:
+    ours, theirs, inputs = fresh(), fresh(), batches(6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
+    foreign_loop(ours, make(ours.parameters(), lr=0.01, max_norm=0.1, accumulation=parts), inputs, scaler)
+    large = [torch.cat(inputs[i : i + parts]) for i in range(0, 6, parts)]
+    foreign_loop(theirs, make(theirs.parameters(), lr=0.01, max_norm=0.1), large)
+    assert_close(ours, theirs, 1e-6)
+
+
+def test_it_says_when_it_has_moved_the_weights() -> None:
+    model, said = fresh(), []
+    optimizer = ClippedAdamW(model.parameters(), lr=0.01, accumulation=3)
+    optimizer.on_step = lambda: said.append(model[0].weight.detach().clone())
+    before = model[0].weight.detach().clone()
+    for count, x in enumerate(batches(7), 1):
+        foreign_loop(model, optimizer, [x])
+        assert len(said) == count // 3
+        assert torch.equal(model[0].weight, said[-1] if said else before)
+    assert optimizer.grad_norm is not None
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_a_state_between_two_steps_survives(stop) -> None:
+    straight, stopped, inputs = fresh(), fresh(), batches(6)
+    foreign_loop(straight, ClippedAdamW(straight.parameters(), lr=0.01, accumulation=2), inputs)
+    first = ClippedAdamW(stopped.parameters(), lr=0.01, accumulation=2)
+    foreign_loop(stopped, first, inputs[:stop])
+    state = copy.deepcopy(first.state_dict())
+    assert ("accumulated" in state) == (stop % 2 == 1)
+    resumed = ClippedAdamW(stopped.parameters(), lr=0.01, accumulation=2)
+    resumed.load_state_dict(state)
+    foreign_loop(stopped, resumed, inputs[stop:])
+    assert_close(straight, stopped)
+    assert "accumulated" not in resumed.state_dict()
+
+
+def test_a_batch_whose_gradient_overflowed_is_not_counted() -> None:
+    """The scaler does not call the optimiser then; the step waits for another batch."""
+    ours, theirs, inputs = fresh(), fresh(), batches(3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    optimizer = ClippedAdamW(ours.parameters(), lr=0.01, accumulation=2)
+    foreign_loop(ours, optimizer, [inputs[0], torch.full((6, 4), 1e38), inputs[1]], scaler)
+    assert all(torch.isfinite(p).all() for p in ours.parameters())
+    foreign_loop(theirs, ClippedAdamW(theirs.parameters(), lr=0.01), [torch.cat(inputs[:2])])
+    assert_close(ours, theirs, 1e-6)
+
+
+def test_a_closure_computes_the_gradients_that_are_clipped() -> None:
+    ours, theirs, (x,) = fresh(), fresh(), batches(1)
+    optimizer = ClippedSGD(ours.parameters(), lr=0.1, max_norm=0.01)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = ours(x).square().mean()
+        loss.backward()
+        return loss
+
+    assert float(optimizer.step(closure).detach()) == float(theirs(x).detach().square().mean())
+    foreign_loop(theirs, ClippedSGD(theirs.parameters(), lr=0.1, max_norm=0.01), [x])
+    assert_close(ours, theirs)
+
+
+def test_no_accumulation_below_one() -> None:
+    with pytest.raises(ValueError, match="accumulation is 0; it counts the calls of a step, at least 1"):
+        ClippedAdamW(fresh().parameters(), lr=0.1, accumulation=0)

@@ -1,4 +1,6 @@
-"""The linear probe: it finds what is linear, and its scores are those of a hand-made matrix."""
+"""The probes: they find what is planted, nothing in noise, and agree with plain references."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -6,7 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_plugins.core.probes import confusion_matrix, fit_linear, scores, spread_subset
+from jepa_plugins.core import probes
+from jepa_plugins.core.probes import (
+    Cells,
+    at_cell_centres,
+    confusion_matrix,
+    fit_kmeans,
+    fit_linear,
+    floor_maps,
+    knn_predict,
+    probe_scores,
+    scores,
+    spread_subset,
+    wave_code,
+)
 
 
 def blobs(seed: int, classes: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,3 +87,180 @@ def test_spread_subset_is_even_and_unique(count, most):
     assert len(chosen) == min(count, most)
     assert len(chosen.unique()) == len(chosen)
     assert 0 <= int(chosen.min()) and int(chosen.max()) < count
+
+
+# --- k nearest neighbours
+
+
+def plain_knn(train: Cells, features: torch.Tensor, classes: int, k: int, temperature: float) -> list[int]:
+    answers = []
+    for x in features.double():
+        known = train.features.double()
+        similarity = (known @ x) / (known.norm(dim=1) * x.norm())
+        nearest = sorted(range(len(known)), key=lambda i: -float(similarity[i]))[:k]
+        votes = [0.0] * classes
+        for i in nearest:
+            votes[int(train.labels[i])] += float((similarity[i] / temperature).exp())
+        answers.append(max(range(classes), key=votes.__getitem__))
+    return answers
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 30), st.sampled_from([0.03, 0.07, 1.0]))
+def test_knn_agrees_with_a_plain_vote(seed, k, temperature):
+    features, labels = blobs(seed, 5, 4.0)
+    train = Cells(features[:60], labels[:60])
+    got = knn_predict(train, features[60:90], 5, k=k, temperature=temperature)
+    assert got.tolist() == plain_knn(train, features[60:90], 5, k, temperature)
+
+
+def test_knn_weighs_near_neighbours_more_than_their_number():
+    train = Cells(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([0, 1, 1]))
+    query = torch.tensor([[1.0, 0.1]])
+    assert knn_predict(train, query, 2, k=3).tolist() == [0]
+    assert knn_predict(train, query, 2, k=3, temperature=100.0).tolist() == [1]
+
+
+def test_knn_looks_at_directions_alone():
+    features, labels = blobs(4, 4, 2.0)
+    train = Cells(features[:200], labels[:200])
+    longer = Cells(train.features * torch.linspace(0.1, 9, 200)[:, None], train.labels)
+    assert torch.equal(knn_predict(train, features[200:], 4), knn_predict(longer, features[200:] * 7, 4))
+
+
+def test_few_neighbours_all_vote_and_no_query_gives_nothing():
+    train = Cells(torch.eye(3), torch.arange(3))
+    assert knn_predict(train, torch.eye(3), 3, k=20).tolist() == [0, 1, 2]
+    assert knn_predict(train, torch.empty(0, 3), 3).shape == (0,)
+
+
+def test_no_more_similarities_than_allowed_are_held(monkeypatch):
+    """The results do not depend on the size of the parts, and no part is larger than it may be."""
+    features, labels = blobs(5, 3, 3.0)
+    train = Cells(features[:100], labels[:100])
+    whole, clusters = knn_predict(train, features, 3), fit_kmeans(features, 3)
+    nearest = clusters.predict(features)
+    largest = []
+    for name in ("topk", "min"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda x, *a, f=plain, **kw: largest.append(x.numel()) or f(x, *a, **kw)
+        )
+    monkeypatch.setattr(probes, "SCORES_AT_ONCE", 700)
+    assert torch.equal(knn_predict(train, features, 3), whole)
+    assert torch.equal(clusters.predict(features), nearest)
+    assert largest and max(largest) <= 700
+
+
+# --- k-means
+
+
+def test_kmeans_finds_planted_clusters_whatever_their_offset():
+    features, labels = blobs(0, 4, 0.2)
+    for offset in (0.0, 1000.0):
+        predicted = fit_kmeans(features + offset, 4).predict(features + offset)
+        counts = confusion_matrix(predicted, labels, 4)
+        assert ((counts > 0).sum(0) == 1).all() and ((counts > 0).sum(1) == 1).all()
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 7))
+def test_kmeans_is_at_rest_and_repeats_itself(seed, k):
+    features, _ = blobs(seed, 4, 2.0)
+    found, again = fit_kmeans(features, k), fit_kmeans(features, k)
+    assert torch.equal(found.centres, again.centres) and found.inertia == again.inertia
+    nearest = torch.cdist(features, found.centres).argmin(1)
+    assert (found.predict(features) == nearest).float().mean() > 0.995
+    for i in nearest.unique().tolist():
+        torch.testing.assert_close(features[nearest == i].mean(0), found.centres[i], atol=0.05, rtol=0.05)
+    distance = (features - found.centres[nearest]).square().sum(1).mean()
+    assert found.inertia == pytest.approx(float(distance), rel=1e-3)
+
+
+def test_more_starts_are_never_worse_and_the_seed_matters():
+    features = torch.from_numpy(np.random.default_rng(0).normal(size=(300, 2))).float()
+    inertia = [fit_kmeans(features, 9, restarts=n).inertia for n in (1, 2, 8)]
+    assert inertia[0] >= inertia[1] >= inertia[2]
+    assert not torch.equal(fit_kmeans(features, 9, seed=1).centres, fit_kmeans(features, 9, seed=2).centres)
+
+
+def test_kmeans_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    fit_kmeans(torch.eye(8), 3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_kmeans_of_copies_and_of_too_few_vectors():
+    copies = fit_kmeans(torch.ones(6, 2), 3)
+    assert copies.inertia == 0 and bool(torch.isfinite(copies.centres).all())
+    with pytest.raises(ValueError, match="3 clusters needs as many vectors, got 2"):
+        fit_kmeans(torch.eye(2), 3)
+
+
+# --- all together
+
+
+def by_trying_all(counts: np.ndarray) -> np.ndarray:
+    orders = itertools.permutations(range(len(counts)))
+    return np.array(max(orders, key=lambda order: counts[np.arange(len(counts)), list(order)].sum()))
+
+
+def test_every_probe_reads_planted_classes_and_none_reads_noise():
+    features, labels = blobs(0, 4, 0.3)
+    clear = probe_scores(
+        Cells(features[:200], labels[:200]), Cells(features[200:], labels[200:]), 4, by_trying_all
+    )
+    assert set(clear) == {f"{p}_{s}" for p in ("linear", "knn", "kmeans") for s in ("mIoU", "accuracy")}
+    assert min(clear.values()) == pytest.approx(100)
+    labels = torch.from_numpy(np.random.default_rng(1).integers(0, 4, 400))
+    noise = probe_scores(
+        Cells(features[:200], labels[:200]), Cells(features[200:], labels[200:]), 4, by_trying_all
+    )
+    assert max(noise[f"{p}_accuracy"] for p in ("linear", "knn", "kmeans")) < 45
+
+
+def test_a_channel_that_is_constant_in_training_does_no_harm():
+    features, labels = blobs(0, 3, 0.1)
+    features[:, 0] = 7.0
+    features[200:, 0] = 7.01
+    result = probe_scores(
+        Cells(features[:200], labels[:200]), Cells(features[200:], labels[200:]), 3, by_trying_all
+    )
+    assert min(result.values()) == pytest.approx(100)
+
+
+def test_probes_work_without_gradients_and_only_the_chosen_ones_run():
+    features, labels = blobs(0, 3, 0.1)
+    with torch.no_grad():
+        result = probe_scores(Cells(features, labels), Cells(features, labels), 3, by_trying_all, ["linear"])
+    assert result == {"linear_mIoU": pytest.approx(100), "linear_accuracy": pytest.approx(100)}
+
+
+# --- cells and floors
+
+
+def test_labels_are_taken_under_the_cell_centres():
+    labels = np.arange(8)[:, None] * 10 + np.arange(8)
+    assert at_cell_centres(labels, 2, 4).tolist() == [[21, 23, 25, 27], [61, 63, 65, 67]]
+    assert (at_cell_centres(labels, 8, 8) == labels).all()
+
+
+def test_wave_code_of_known_values():
+    code = wave_code(torch.tensor([[0.5, 0.0]]), octaves=2)
+    assert code.flatten().tolist() == pytest.approx([1, 0, 0, -1, 0, 0, 1, 1], abs=1e-6)
+
+
+def test_floors_know_position_and_mean_colour_and_nothing_else():
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (2, 3, 16, 24), dtype=np.uint8))
+    floors = floor_maps(images, 8)
+    assert floors["position"].shape == (2, 16, 2, 3) and floors["colour_position"].shape == (2, 40, 2, 3)
+    assert torch.equal(floors["position"][0], floors["position"][1])
+    assert len(floors["position"][0].flatten(1).T.unique(dim=0)) == 6  # each place has its own code
+    cell = images[1, :, 8:16, 16:24].float().mean((1, 2)) / 255
+    place = torch.tensor([0.75, 2.5 / 3])
+    expected = wave_code(torch.cat((place, cell)))
+    torch.testing.assert_close(floors["colour_position"][1, :, 1, 2], expected, atol=1e-5, rtol=0)
+    shuffled = images.clone()
+    shuffled[..., :8, :8] = images[..., :8, :8].flip(-1)  # another cell with the same mean
+    torch.testing.assert_close(floor_maps(shuffled, 8)["colour_position"], floors["colour_position"])

@@ -1,10 +1,12 @@
 """The paper's ablations: each changes what its name says and nothing else, and runs."""
 
 import pytest
+import torch
 
 pytest.importorskip("detectron2")
 
 from detectron2.config import CfgNode  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
 from tiny import pictures, tiny_model  # noqa: E402
 
 from jepa_plugins.config_files import list_configs  # noqa: E402
@@ -64,3 +66,24 @@ def test_an_ablation_changes_what_it_says_and_runs_shrunk(name) -> None:
     sum(losses.values()).backward()
     assert all(bool(loss.isfinite()) for loss in losses.values())
     assert len(losses) == (1 if name.startswith("no_") else 2)
+
+
+# millions of parameters without the target copies, frozen backbone included; the paper's table 8 says 47.0 and 50.4
+COUNTS = {
+    ("R50_in1k", "spatial_queries"): 46.66,
+    ("R50_in1k", "masked_queries"): 46.66,
+    ("R50_in1k", "query_mix"): 47.01,
+    ("swin_tiny_in1k", "spatial_queries"): 50.11,
+    ("swin_tiny_in1k", "masked_queries"): 50.11,
+    ("swin_tiny_in1k", "query_mix"): 50.46,
+}
+
+
+@pytest.mark.parametrize(("name", "readout"), COUNTS)
+def test_parameter_counts(name, readout) -> None:
+    options = ["MODEL.DEVICE", "meta", METHOD + "READOUT", readout]
+    with torch.device("meta"):
+        model = build_model(get_config(f"detectron2/mask_jepa/{name}.yaml", options))
+    count = sum(p.numel() for key, p in model.named_parameters() if not key.startswith("target_"))
+    assert count / 1e6 == pytest.approx(COUNTS[name, readout], abs=0.005)
+    assert count / 1e6 == pytest.approx(47.0 if name.startswith("R50") else 50.4, rel=0.01)

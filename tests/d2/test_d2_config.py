@@ -17,7 +17,7 @@ from jepa_plugins.core.settings import MaskJEPASettings  # noqa: E402
 from jepa_plugins.d2 import add_jepa_config, get_config  # noqa: E402
 from jepa_plugins.d2.config import SETTING_KEYS, mask_jepa_settings  # noqa: E402
 
-CONFIGS = [name for name in list_configs() if name.startswith("detectron2/")]
+CONFIGS = [name for name in list_configs() if name.startswith("detectron2/") and name.endswith(".yaml")]
 QUICK = [name.split("/")[-1][:-5] for name in CONFIGS if "/quick/" in name and not name.endswith("base.yaml")]
 
 

@@ -327,8 +327,8 @@ def test_an_unknown_kind_of_data_set_is_named(tmp_path: Path) -> None:
 def test_cityscapes_needs_no_gpu(tmp_path: Path) -> None:
     pytest.importorskip("cityscapesscripts")
     for name, kind in (
-        ("cityscapes_fine_sem_seg_val", "CityscapesSemSegEvaluator"),
-        ("cityscapes_fine_instance_seg_val", "CityscapesInstanceEvaluator"),
+        ("cityscapes_fine_sem_seg_val", "CityscapesSemantic"),
+        ("cityscapes_fine_instance_seg_val", "CityscapesInstances"),
     ):
         assert type(build_evaluator(_config(tmp_path), name)).__name__ == kind
 

@@ -262,13 +262,24 @@ def test_flip_of_jitter_follows_the_key(record) -> None:
     assert len({image.sum((0, 2)).argmax().item() for image in flipped}) >= 2
 
 
+def test_semantic_targets_from_panoptic_labels_alone(record) -> None:
+    """Crowds count as their class, pixels without a segment not at all."""
+    want = _map(record, "mask_former_semantic", 3)
+    del record["sem_seg_file_name"]
+    got = _map(record, "mask_former_semantic", 3)
+    assert torch.equal(got["sem_seg"], want["sem_seg"]) and "pan_seg_file_name" not in got
+    assert got["instances"].gt_classes.tolist() == [0, 1, 2]
+    assert torch.equal(got["instances"].gt_masks, want["instances"].gt_masks)
+
+
 # --- bad input ---
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_record_of_another_task_is_named_with_the_key(record, name: str) -> None:
     key = next(value for kind, value in KEYS.items() if kind in name)
-    del record[key]
+    for label in {key, "pan_seg_file_name"} if "semantic" in name else {key}:
+        del record[label]
     with pytest.raises(ValueError, match=rf"{name} needs '{key}'.*image\.png"):
         _map(record, name)
 

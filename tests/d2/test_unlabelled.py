@@ -58,8 +58,8 @@ def test_a_list_file_is_relative_to_itself_or_to_the_root(tmp_path: Path) -> Non
     here.write_text("images/001.png\n\nimages/000.png\n")
     elsewhere.parent.mkdir()
     elsewhere.write_text("001.png\n000.png")
-    assert list_source(str(here)) == paths[::-1]
-    assert list_source(str(elsewhere), root=str(tmp_path / "images")) == paths[::-1]
+    assert list(list_source(str(here))) == paths[::-1]
+    assert list(list_source(str(elsewhere), root=str(tmp_path / "images"))) == paths[::-1]
     with pytest.raises(FileNotFoundError, match=r"elsewhere\.txt.*UNLABELLED_ROOT"):
         list_source(str(elsewhere))
 
@@ -121,7 +121,7 @@ def test_a_bad_source_gives_one_sentence_with_the_remedy(tmp_path: Path, kind: s
 def test_several_sources_are_joined_and_none_is_refused(tmp_path: Path) -> None:
     first, second = _images(tmp_path / "b", 2), _images(tmp_path / "a", 1)
     cfg = _config(str(tmp_path / "b"), str(tmp_path / "a"), output=tmp_path)
-    assert list_unlabelled(cfg) == first + second
+    assert list(list_unlabelled(cfg)) == first + second
     cfg.DATASETS.UNLABELLED = ()
     with pytest.raises(ValueError, match="DATASETS.UNLABELLED is empty"):
         list_unlabelled(cfg)
@@ -131,7 +131,7 @@ def test_a_relative_source_is_also_found_below_the_datasets_folder(tmp_path: Pat
     paths = _images(tmp_path / "store" / "set", 1)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "store"))
     monkeypatch.chdir(tmp_path)
-    assert list_source("set") == paths
+    assert list(list_source("set")) == paths
 
 
 # --- samples ---

@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from jepa_plugins.core import export as core_export
 from jepa_plugins.core.checkpoints import CheckpointError, read_checkpoint, save_atomic, state_dict_of
+from jepa_plugins.core.export import PIXEL_DECODER as PIXEL
+from jepa_plugins.core.export import PREDICTOR
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "export.py"
 
@@ -27,7 +30,6 @@ def load_tool() -> ModuleType:
 
 
 export = load_tool()
-PIXEL, PREDICTOR = export.PIXEL_DECODER, export.PREDICTOR
 
 
 class PixelDecoder(nn.Module):
@@ -129,13 +131,14 @@ def test_keeps_and_drops() -> None:
     content = checkpoint()
     model, manifest, report = run(content)
     pixel = {f"{PIXEL}.{part}" for part in ("input_proj", "transformer", "adapter_1", "mask_features")}
-    assert {export.group_of(name) for name in model} == {"backbone", *pixel, *DECODER}
+    assert {core_export.group_of(name) for name in model} == {"backbone", *pixel, *DECODER}
     assert all(torch.equal(tensor, content["model"][name]) for name, tensor in model.items())
     assert manifest == {
         "format": 1,
         "which": "online",
         "tensors": len(model),
         "whole": ["backbone", PIXEL],
+        "untrained": [],
         "source_step": 17,
     }
     assert model._metadata["sem_seg_head"]["version"] == model._metadata[PREDICTOR]["version"] == 2
@@ -190,7 +193,7 @@ def test_options_leave_parts_out() -> None:
     assert model._metadata["sem_seg_head"]["version"] == 2
     model, manifest, _ = run(checkpoint(), drop=("backbone",))
     assert not any(name.startswith("backbone") for name in model) and manifest["whole"] == [PIXEL]
-    model, _, _ = run(checkpoint(), keep_queries=True)
+    model, _, _ = run(checkpoint(readout="query_mix"), keep_queries=True)
     assert f"{PREDICTOR}.query_feat.weight" in model and f"{PREDICTOR}.class_embed.weight" not in model
 
 

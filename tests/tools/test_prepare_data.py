@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import prepare_data  # noqa: E402
+from preparing import synthetic  # noqa: E402
 
 SMALL = ("--train", "12", "--val", "4", "--unlabelled", "3", "--size", "64", "--seed", "5")
 COCO_TO_ADE20K = {"train2017": "training", "val2017": "validation"}
@@ -146,12 +147,12 @@ def test_unlabelled_pictures_are_others(data: Path) -> None:
     assert not labelled & {value for name, value in digest.items() if name.startswith("unlabelled")}
 
 
-@given(image_id=st.integers(1, 999_999), count=st.integers(1, prepare_data.SEGMENTS_PER_IMAGE - 1))
+@given(image_id=st.integers(1, 999_999), count=st.integers(1, synthetic.SEGMENTS_PER_IMAGE - 1))
 def test_segment_ids_are_distinct_24_bit_numbers(image_id: int, count: int) -> None:
-    ids = prepare_data.panoptic_ids(image_id, count)
+    ids = synthetic.panoptic_ids(image_id, count)
     assert ids[0] == 0 and len(set(ids.tolist())) == count + 1
     assert ids.min() == 0 and ids.max() < 1 << 24
-    rgb = prepare_data.encode_panoptic(ids[None]).astype(np.int64)
+    rgb = synthetic.encode_panoptic(ids[None]).astype(np.int64)
     np.testing.assert_array_equal(rgb @ [1, 256, 65536], ids[None])
 
 

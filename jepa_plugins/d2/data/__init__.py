@@ -5,7 +5,8 @@ from detectron2.config import CfgNode
 
 def add_data_config(cfg: CfgNode) -> None:
     """Add the keys of this package, and Mask2Former's published ``INPUT`` keys, to a detectron2 config."""
-    # Unlabelled images: folders, list files (.txt, one path a line) or COCO json files; needs no class names.
+    # Unlabelled images: folders, list files (.txt, one path a line), COCO json files, zip files or tar shards
+    # ("shards/train-{000000..000146}.tar", "shards/*.tar" or their folder); needs no class names.
     cfg.DATASETS.UNLABELLED = ()
     # Folder that the paths in list and json files are relative to; empty: found from the file's own place.
     cfg.DATASETS.UNLABELLED_ROOT = ""

@@ -9,16 +9,21 @@ name                                files below ROOT
                                     instance AP of a panoptic model, annotations/instances_SPLIT.json
 ==================================  =================================================================
 
-A relative ROOT is relative to the working directory, or else to ``DETECTRON2_DATASETS`` (default "datasets").
+`coco_panoptic` serves semantic segmentation, too: its panoptic labels say the class of each pixel. The data sets of
+the published Mask2Former keep their published names, see `builtin`. A relative ROOT is relative to the working
+directory, or else to ``DETECTRON2_DATASETS`` (default "datasets").
 """
 
 from __future__ import annotations
 
 import colorsys
+import glob
+import importlib.util
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +39,32 @@ IGNORE_LABEL = 255
 LABEL_DIVISOR = 1000  # category * divisor + instance, where an evaluator wants one number
 
 
+def data_root() -> Path:
+    """The folder of all data sets: ``DETECTRON2_DATASETS``, or "datasets" in the working directory."""
+    return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+
+
 def resolve_path(path: str) -> str:
     """Find a path from the working directory or, if it is not there, below ``DETECTRON2_DATASETS``."""
     here = os.path.expanduser(path)
     if os.path.isabs(here) or os.path.exists(here):
         return here
-    there = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), here)
+    there = os.path.join(data_root(), here)
     return there if os.path.exists(there) else here
 
 
-def _require(path: Path, name: str, what: str, remedy: str) -> Path:
+def remedy_for(name: str) -> str:
+    """What to do when files of a data set are missing."""
+    if "@" in name:
+        return "correct ROOT or SPLIT in its name"
+    return (
+        "'python tools/prepare_data.py check' lists what the known data sets need; set DETECTRON2_DATASETS to the "
+        "folder that holds them"
+    )
+
+
+def require_path(path: Path, name: str, what: str, remedy: str) -> Path:
+    """The path; raises FileNotFoundError, in one sentence, when it does not exist."""
     if not path.exists():
         raise FileNotFoundError(f"Data set '{name}': {what} '{path}' does not exist: {remedy}.")
     return path
@@ -103,9 +124,9 @@ def _load_semantic(name: str, image_root: Path, label_root: Path) -> list[dict[s
 
 def _register_folder_semantic(name: str, root: Path, split: str) -> None:
     layout = "expected ROOT/images/SPLIT, ROOT/annotations/SPLIT and ROOT/classes.txt"
-    image_root = _require(root / "images" / split, name, "the image folder", layout)
-    label_root = _require(root / "annotations" / split, name, "the folder of label images", layout)
-    listing = _require(
+    image_root = require_path(root / "images" / split, name, "the image folder", layout)
+    label_root = require_path(root / "annotations" / split, name, "the folder of label images", layout)
+    listing = require_path(
         root / "classes.txt", name, "the list of class names", "write one name a line, that of label 0 first"
     )
     classes = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -129,8 +150,8 @@ def _register_folder_semantic(name: str, root: Path, split: str) -> None:
 
 def _register_coco_instance(name: str, root: Path, split: str) -> None:
     layout = "expected ROOT/SPLIT and ROOT/annotations/instances_SPLIT.json"
-    image_root = _require(root / split, name, "the image folder", layout)
-    annotations = _require(
+    image_root = require_path(root / split, name, "the image folder", layout)
+    annotations = require_path(
         root / "annotations" / f"instances_{split}.json", name, "the annotation file", layout
     )
     # In the order of their ids, which is detectron2's contiguous numbering.
@@ -190,52 +211,85 @@ def _panoptic_segments(annotation: dict[str, Any], metadata: dict[str, Any], nam
     return segments
 
 
-def _load_panoptic(
-    name: str, image_root: Path, label_root: Path, annotations: Path, metadata: dict[str, Any]
-) -> list[dict[str, Any]]:
-    content = _read_json(annotations, name)
+@dataclass(frozen=True)
+class PanopticFiles:
+    """Where a panoptic data set lies.
+
+    Attributes:
+        images: folder of images.
+        labels: folder of panoptic label images.
+        annotations: COCO's panoptic json.
+        instances: COCO's instances json, for the AP of a panoptic model, if there is one.
+        semantic: folder of label images, if there is one; else the panoptic labels say the class of a pixel.
+    """
+
+    images: Path
+    labels: Path
+    annotations: Path
+    instances: Path | None = None
+    semantic: Path | None = None
+
+
+def _load_panoptic(name: str, files: PanopticFiles, metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    content = _read_json(require_path(files.annotations, name, "the annotation file", remedy_for(name)), name)
     images = {image["id"]: image["file_name"] for image in content.get("images", [])}
+    semantic = files.semantic if files.semantic and files.semantic.is_dir() else None
     records = []
     for annotation in content["annotations"]:
-        image_name = images.get(annotation["image_id"], f"{Path(annotation['file_name']).stem}.jpg")
-        records.append(
-            {
-                "file_name": str(image_root / image_name),
-                "image_id": annotation["image_id"],
-                "pan_seg_file_name": str(label_root / annotation["file_name"]),
-                "segments_info": _panoptic_segments(annotation, metadata, name),
-            }
-        )
+        label_name = annotation["file_name"]
+        image_name = images.get(annotation["image_id"], f"{Path(label_name).stem}.jpg")
+        record = {
+            "file_name": str(files.images / image_name),
+            "image_id": annotation["image_id"],
+            "pan_seg_file_name": str(files.labels / label_name),
+            "segments_info": _panoptic_segments(annotation, metadata, name),
+        }
+        if semantic:
+            record["sem_seg_file_name"] = str(semantic / label_name)
+        records.append(record)
     if not records:
-        raise ValueError(f"Data set '{name}': '{annotations}' has no annotations.")
-    for key in ("file_name", "pan_seg_file_name"):
-        _require(
-            Path(records[0][key]), name, "the file", f"'{annotations}' and the folders beside it do not match"
-        )
+        raise ValueError(f"Data set '{name}': '{files.annotations}' has no annotations.")
+    for key in ("file_name", "pan_seg_file_name", "sem_seg_file_name"):
+        if key in records[0]:
+            remedy = f"'{files.annotations}' and the folders beside it do not match"
+            require_path(Path(records[0][key]), name, "the file", remedy)
     return records
+
+
+def register_panoptic(
+    name: str, files: PanopticFiles, metadata: dict[str, Any], evaluator_type: str = "coco_panoptic_seg"
+) -> None:
+    """Register a panoptic data set in COCO's format; its files are read when its records are asked for.
+
+    Args:
+        name: not registered yet.
+        metadata: from `panoptic_metadata`.
+        evaluator_type: which evaluators `build_evaluator` gives it.
+    """
+    DatasetCatalog.register(name, lambda: _load_panoptic(name, files, metadata))
+    MetadataCatalog.get(name).set(
+        image_root=str(files.images),
+        panoptic_root=str(files.labels),
+        panoptic_json=str(files.annotations),
+        evaluator_type=evaluator_type,
+        ignore_label=IGNORE_LABEL,
+        label_divisor=LABEL_DIVISOR,
+        **({"json_file": str(files.instances)} if files.instances else {}),
+        **metadata,
+    )
 
 
 def _register_coco_panoptic(name: str, root: Path, split: str) -> None:
     layout = "expected ROOT/SPLIT, ROOT/panoptic_SPLIT and ROOT/annotations/panoptic_SPLIT.json"
-    image_root = _require(root / split, name, "the image folder", layout)
-    label_root = _require(root / f"panoptic_{split}", name, "the folder of panoptic label images", layout)
-    annotations = _require(
-        root / "annotations" / f"panoptic_{split}.json", name, "the annotation file", layout
-    )
-    metadata = panoptic_metadata(_read_json(annotations, name)["categories"])
-    DatasetCatalog.register(name, lambda: _load_panoptic(name, image_root, label_root, annotations, metadata))
-    MetadataCatalog.get(name).set(
-        image_root=str(image_root),
-        panoptic_root=str(label_root),
-        panoptic_json=str(annotations),
-        evaluator_type="coco_panoptic_seg",
-        ignore_label=IGNORE_LABEL,
-        label_divisor=LABEL_DIVISOR,
-        **metadata,
-    )
+    annotations = root / "annotations" / f"panoptic_{split}.json"
     instances = root / "annotations" / f"instances_{split}.json"
-    if instances.is_file():
-        MetadataCatalog.get(name).set(json_file=str(instances))
+    files = PanopticFiles(
+        require_path(root / split, name, "the image folder", layout),
+        require_path(root / f"panoptic_{split}", name, "the folder of panoptic label images", layout),
+        require_path(annotations, name, "the annotation file", layout),
+        instances if instances.is_file() else None,
+    )
+    register_panoptic(name, files, panoptic_metadata(_read_json(annotations, name)["categories"]))
 
 
 SCHEMES: dict[str, Callable[[str, Path, str], None]] = {
@@ -245,24 +299,22 @@ SCHEMES: dict[str, Callable[[str, Path, str], None]] = {
 }
 
 
-# Names that the published Mask2Former registers and detectron2 does not; ours derives the semantic truth.
-ALIASES = {
-    f"coco_2017_{split}_panoptic_with_sem_seg": f"coco_panoptic@coco@{split}2017"
-    for split in ("train", "val")
-}
-
-
 def ensure_registered(names: str | Iterable[str]) -> None:
-    """Register every name that follows a scheme of this module and is not registered yet.
+    """Register every name that `builtin` knows or that follows a scheme of this module, unless it is registered.
 
     Raises:
         ValueError: a name is neither registered nor of the form SCHEME@ROOT@SPLIT, or its files are wrong.
         FileNotFoundError: files are missing.
     """
+    from . import builtin  # it builds on this module
+
     for name in [names] if isinstance(names, str) else names:
         if name in DatasetCatalog:
             continue
-        scheme, _, place = ALIASES.get(name, name).partition("@")
+        if name in builtin.NAMES:
+            builtin.register(name)
+            continue
+        scheme, _, place = name.partition("@")
         root, _, split = place.rpartition("@")
         if scheme not in SCHEMES or not root or not split:
             raise ValueError(
@@ -282,9 +334,50 @@ def num_classes(name: str) -> int:
     return len(metadata.get("stuff_classes") or metadata.thing_classes)
 
 
+# Files that a registration names in its metadata and that its records cannot do without.
+_NEEDED = {
+    "image_root": "the image folder",
+    "image_dir": "the image folder",
+    "sem_seg_root": "the folder of label images",
+    "gt_dir": "the label folder",
+    "panoptic_root": "the folder of panoptic label images",
+    "panoptic_json": "the annotation file",
+}
+
+
+def check_files(name: str) -> None:
+    """Raise, in one sentence, unless the files and the packages that a registered data set needs are there.
+
+    Raises:
+        FileNotFoundError: a missing folder or file, by its path. ImportError: a missing package.
+    """
+    metadata = MetadataCatalog.get(name)
+    kind = metadata.get("evaluator_type")
+    needed = dict(_NEEDED, json_file="the annotation file") if kind in ("coco", "lvis") else _NEEDED
+    for key, what in needed.items():
+        path = metadata.get(key)
+        if path and "://" not in path:
+            require_path(Path(path), name, what, remedy_for(name))
+    if kind in ("cityscapes_sem_seg", "cityscapes_panoptic_seg"):
+        labels = os.path.join(metadata.gt_dir, "*", "*_gtFine_labelTrainIds.png")
+        if not glob.glob(labels):
+            raise FileNotFoundError(
+                f"Data set '{name}': there is no '{labels}': 'csCreateTrainIdLabelImgs' of cityscapesScripts "
+                "makes them."
+            )
+    packages = {"cityscapesscripts": "cityscapesScripts"} if str(kind).startswith("cityscapes") else {}
+    if kind == "cityscapes_instance":
+        packages["shapely"] = "shapely"  # detectron2 reads Cityscapes's polygons with it
+    for module, package in packages.items():
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"Data set '{name}' needs the package {package}: pip install {package}.")
+
+
 def check_num_classes(cfg: CfgNode, name: str) -> None:
-    """Raise ValueError unless ``MODEL.SEM_SEG_HEAD.NUM_CLASSES`` is the data set's number of classes."""
+    """Raise unless a data set's files are there (`check_files`) and ``MODEL.SEM_SEG_HEAD.NUM_CLASSES`` is its number
+    of classes (ValueError)."""
     ensure_registered(name)
+    check_files(name)
     configured, present = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, num_classes(name)
     if configured != present:
         raise ValueError(

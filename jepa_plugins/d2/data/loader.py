@@ -20,6 +20,8 @@ from detectron2.data import DatasetFromList, get_detection_dataset_dicts
 from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from jepa_plugins.core.sources import epoch_order
+
 from .catalog import ensure_registered
 from .mappers import build_mapper
 from .unlabelled import UnlabelledDataset, UnreadableImages
@@ -28,8 +30,7 @@ logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 
-ORDER_STREAM = 0  # separates the order of an epoch from the draws of samples (1: crop of unlabelled images)
-MAPPER_STREAM = 2
+MAPPER_STREAM = 2  # separates a mapper's draws from the others of a sample (core.augment)
 
 
 class PositionSampler(Sampler):
@@ -78,9 +79,7 @@ class PositionSampler(Sampler):
         """Images in the order of one epoch, int64 [size]."""
         if not self.shuffle:
             return np.arange(self.size)
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, ORDER_STREAM]))
-        # A sort of uniform values: unlike Generator.permutation, these do not change with numpy's version.
-        return rng.random(self.size).argsort(kind="stable")
+        return epoch_order(self.seed, epoch, self.size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)

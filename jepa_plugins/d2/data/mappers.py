@@ -3,7 +3,8 @@
 ==========================  =============================================  ======================
 INPUT.DATASET_MAPPER_NAME   augmentation                                   targets from
 ==========================  =============================================  ======================
-mask_former_semantic        short side, constrained crop, colour, flip     sem_seg_file_name
+mask_former_semantic        short side, constrained crop, colour, flip     sem_seg_file_name, or else
+                                                                           pan_seg_file_name
 mask_former_panoptic        the same                                       pan_seg_file_name
 mask_former_instance        short side, crop, colour, flip                 annotations
 coco_panoptic_lsj           flip, large-scale jitter, fixed crop           pan_seg_file_name
@@ -89,6 +90,11 @@ def _flip(cfg: CfgNode) -> list[T.Augmentation]:
 def _colour_jitter(cfg: CfgNode) -> list[T.Transform]:
     if not cfg.INPUT.COLOR_AUG_SSD:
         return []
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise ValueError(
+            f"INPUT.COLOR_AUG_SSD changes colours, and INPUT.FORMAT {cfg.INPUT.FORMAT} has others than red, green "
+            "and blue: set INPUT.COLOR_AUG_SSD to False."
+        )
     try:
         from detectron2.projects.point_rend import ColorAugSSDTransform
     except ImportError as error:
@@ -137,6 +143,30 @@ def _jitter_augmentations(cfg: CfgNode) -> list:
     ]
 
 
+class BandInput(T.AugInput):
+    """`AugInput` for images of any number of channels, uint8 [H, W, C].
+
+    detectron2 resizes by Pillow, which takes at most four channels and weighs by the last of two or four, as
+    by an alpha: transforms get the channels by threes, and what is left one by one.
+    """
+
+    def transform(self, tfm: T.Transform) -> None:
+        """Apply a transform, which must not draw at random itself, to the image and the label map."""
+        channels = self.image.shape[2]
+        whole = channels // 3 * 3
+        cuts = [*range(3, whole, 3), *range(max(whole, 1), channels)]
+        first, *others = np.split(self.image, cuts, axis=2)
+        self.image = np.ascontiguousarray(first)
+        super().transform(tfm)
+        moved = [tfm.apply_image(np.ascontiguousarray(part)) for part in others]
+        self.image = np.concatenate([self.image, *moved], axis=2)
+
+
+def _aug_input(image: np.ndarray, sem_seg: np.ndarray | None = None) -> T.AugInput:
+    kind = T.AugInput if image.shape[2] == 3 else BandInput
+    return kind(image, sem_seg=sem_seg)
+
+
 # --- targets: read before, built after the augmentation ---
 
 
@@ -167,12 +197,18 @@ def _check_size(file_name: str, size: tuple[int, ...], image_size: tuple[int, ..
 
 
 class _SemanticTargets:
-    """One mask per class that is present."""
+    """One mask per class that is present; in a record without a label map, panoptic labels say the classes."""
 
     def __init__(self, record: dict[str, Any], mapper: TrainMapper, size: tuple[int, int]) -> None:
-        self.path = _take(record, "sem_seg_file_name", mapper.name)
         self.mapper = mapper
-        self.sem_seg = read_label_map(self.path).astype(np.float64)
+        if "sem_seg_file_name" not in record and "pan_seg_file_name" in record:
+            self.path = record.pop("pan_seg_file_name")
+            ids = panoptic_ids(read_image(self.path, "RGB", apply_orientation=False))
+            labels = semantic_from_panoptic(ids, record["segments_info"], mapper.ignore_label)
+        else:
+            self.path = _take(record, "sem_seg_file_name", mapper.name)
+            labels = read_label_map(self.path)
+        self.sem_seg = labels.astype(np.float64)
         _check_size(record["file_name"], self.sem_seg.shape, size)
 
     def build(self, transforms: T.TransformList, sem_seg: np.ndarray, size: tuple[int, int]) -> Targets:
@@ -334,7 +370,7 @@ class TrainMapper:
         image = read_image(record["file_name"], self.image_format)
         utils.check_image_size(record, image)
         source = self._targets(record, self, image.shape[:2])
-        augmented = T.AugInput(image, sem_seg=source.sem_seg)
+        augmented = _aug_input(image, source.sem_seg)
         transforms = self.augmentations(augmented)
         size = augmented.image.shape[:2]
         targets = source.build(transforms, augmented.sem_seg, size)
@@ -379,7 +415,7 @@ class InferenceMapper:
         record = {key: value for key, value in dataset_dict.items() if key not in dropped}
         image = read_image(record["file_name"], self.image_format)
         utils.check_image_size(record, image)
-        augmented = T.AugInput(image)
+        augmented = _aug_input(image)
         self.augmentation(augmented)
         record["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         return record

@@ -5,6 +5,7 @@ from .head import MaskFormerHead
 from .matcher import HungarianMatcher
 from .meta_arch import MaskFormer
 from .pixel_decoder import MSDeformAttnPixelDecoder, build_pixel_decoder
+from .swin import D2SwinTransformer
 from .transformer_decoder import (
     TRANSFORMER_DECODER_REGISTRY,
     MultiScaleMaskedTransformerDecoder,
@@ -13,6 +14,7 @@ from .transformer_decoder import (
 
 __all__ = [
     "TRANSFORMER_DECODER_REGISTRY",
+    "D2SwinTransformer",
     "HungarianMatcher",
     "MSDeformAttnPixelDecoder",
     "MaskFormer",

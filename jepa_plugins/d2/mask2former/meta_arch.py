@@ -6,15 +6,25 @@ from __future__ import annotations
 import torch
 from detectron2.config import configurable
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
+from jepa_plugins.d2.backbones import build_backbone
 from jepa_plugins.d2.inputs import normalised_batch
 from jepa_plugins.d2.registration import build_head, register_published
 
 from .criterion import SetCriterion
 from .inference import image_results
 from .matcher import HungarianMatcher
+
+
+def loss_weights(
+    class_weight: float, mask_weight: float, dice_weight: float, auxiliary_layers: int
+) -> dict[str, float]:
+    """Weights of the criterion's losses by name, the same for the last layer and for each auxiliary one."""
+    weights = {"loss_ce": class_weight, "loss_mask": mask_weight, "loss_dice": dice_weight}
+    earlier = {f"{name}_{i}": w for i in range(auxiliary_layers) for name, w in weights.items()}
+    return {**weights, **earlier}
 
 
 def build_criterion(cfg, num_classes: int) -> SetCriterion:
@@ -27,10 +37,8 @@ def build_criterion(cfg, num_classes: int) -> SetCriterion:
         cost_dice=node.DICE_WEIGHT,
         num_points=node.TRAIN_NUM_POINTS,
     )
-    weights = {"loss_ce": node.CLASS_WEIGHT, "loss_mask": node.MASK_WEIGHT, "loss_dice": node.DICE_WEIGHT}
-    if node.DEEP_SUPERVISION:
-        earlier = {f"{name}_{i}": w for i in range(node.DEC_LAYERS - 1) for name, w in weights.items()}
-        weights = {**weights, **earlier}
+    layers = node.DEC_LAYERS - 1 if node.DEEP_SUPERVISION else 0
+    weights = loss_weights(node.CLASS_WEIGHT, node.MASK_WEIGHT, node.DICE_WEIGHT, layers)
     return SetCriterion(
         num_classes,
         matcher=matcher,
