@@ -91,6 +91,7 @@ class MaskJEPA(nn.Module):
         self.size_divisibility = size_divisibility
         self.ema, self.total_steps = ema, total_steps
         self.seed, self.rank_period = seed, rank_period
+        self.forwards = 0  # in training, since the last optimiser step
         self.ema_by_hook = False  # set by the training loop that calls `update_target` itself
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -197,6 +198,7 @@ class MaskJEPA(nn.Module):
         if self.target_backbone is not None:
             ema_update(self.target_backbone, self.backbone, momentum)
         self.step += 1
+        self.forwards = 0
         self.ema_pending.fill_(False)
         return momentum
 
@@ -205,6 +207,8 @@ class MaskJEPA(nn.Module):
             return torch.tensor([item["sample_index"] for item in batched_inputs])
         size = len(batched_inputs)  # a foreign loader: place in a batch that all processes fill alike
         first = int(self.step) * size * comm.get_world_size() + comm.get_rank() * size
+        # further batches of one step, under a loop that accumulates, draw far behind the run's own samples
+        first += self.forwards << 40
         return torch.arange(first, first + size)
 
     def _online_features(self, x: Tensor) -> dict[str, Tensor]:
@@ -266,9 +270,10 @@ class MaskJEPA(nn.Module):
         """
         if not self.training:
             return [self.run_step(batched_inputs).maps]
-        if not self.ema_by_hook and bool(self.ema_pending):
+        if bool(self.ema_pending):
             self.update_target()
         out = self.run_step(batched_inputs)
+        self.forwards += 1
         self._log(out)
         if not self.ema_by_hook:
             self.ema_pending.fill_(True)

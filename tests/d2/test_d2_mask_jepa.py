@@ -471,3 +471,17 @@ def test_a_backbone_that_should_train_but_is_frozen_is_refused():
     cfg.MODEL.TIMM.FREEZE = True
     with pytest.raises(ValueError, match="FREEZE_BACKBONE is False, but the backbone is frozen"):
         build_model(cfg)
+
+
+def test_batches_of_one_step_draw_differently_under_a_foreign_loop() -> None:
+    """Without sample numbers, two forwards between optimiser steps must not repeat noise and tiles."""
+    model = tiny_model().train()
+    model.ema_by_hook = True  # as our optimiser sets it, which then tells the model of real steps
+    batch = [{"image": item["image"]} for item in pictures(*SQUARES)]
+    first = model._sample_index(batch)
+    model(batch)
+    second = model._sample_index(batch)
+    assert not set(first.tolist()) & set(second.tolist())
+    model.update_target()
+    third = model._sample_index(batch)
+    assert third.tolist() == [2, 3] and first.tolist() == [0, 1]
