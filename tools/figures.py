@@ -19,8 +19,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from jepa_plugins.core.archives import ImageList
+from jepa_plugins.core.cli import one_sentence
 from jepa_plugins.core.images import crop_and_resize, read_image
-from jepa_plugins.d2.cli import built_model, configuration, one_sentence
+from jepa_plugins.d2.cli import built_model, configuration
 from jepa_plugins.d2.data.catalog import ensure_registered
 from jepa_plugins.d2.data.mappers import build_mapper
 from jepa_plugins.d2.data.unlabelled import list_source

@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 
+from jepa_plugins.core.cli import one_sentence
 from jepa_plugins.core.probes import PROBES
-from jepa_plugins.d2.cli import built_model, configuration, one_sentence
+from jepa_plugins.d2.cli import built_model, configuration
 from jepa_plugins.d2.probing import COPIES, FEATURES, ProbeSettings, Rows, probe_floors, probe_model
 
 

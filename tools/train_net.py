@@ -21,8 +21,9 @@ from detectron2.utils.logger import setup_logger
 
 import jepa_plugins.d2  # noqa: F401  registers our models
 from jepa_plugins.config_files import find_config
+from jepa_plugins.core.cli import one_sentence
 from jepa_plugins.d2.checkpoint import Checkpointer
-from jepa_plugins.d2.cli import configuration, one_sentence
+from jepa_plugins.d2.cli import configuration
 from jepa_plugins.d2.engine import Trainer, prepare_data
 
 

@@ -1,57 +1,19 @@
-"""What the command-line tools share: errors of one sentence, the device, a model with its weights."""
+"""What the command-line tools share: the configuration and its device, a model with its weights."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
 
-from jepa_plugins.core.checkpoints import CheckpointError
-from jepa_plugins.core.images import ImageError
 from jepa_plugins.d2.checkpoint import Checkpointer
 from jepa_plugins.d2.config import get_config
 from jepa_plugins.d2.engine import Trainer
 
 logger = logging.getLogger(__name__)
-USER_ERRORS = (
-    ValueError,
-    FileNotFoundError,
-    KeyError,
-    ImportError,
-    FloatingPointError,
-    CheckpointError,
-    ImageError,
-)
-
-
-def sentence_of(error: BaseException) -> str:
-    """The message of an error; of one that a data loader's worker raised, without that worker's traceback."""
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if "Original Traceback" in text:
-        text = text.strip().splitlines()[-1].split(": ", 1)[-1]
-    return text
-
-
-def one_sentence(function: Callable[..., Any]) -> Callable[..., Any]:
-    """End the program with the one sentence of the package's own errors; JEPA_TRACEBACK=1 shows the rest."""
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except USER_ERRORS as error:
-            if os.environ.get("JEPA_TRACEBACK"):
-                raise
-            sys.exit(f"error: {sentence_of(error)}")
-
-    return guarded
 
 
 def configuration(config_file: str, opts: Sequence[str]) -> CfgNode:

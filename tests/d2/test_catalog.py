@@ -10,7 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from PIL import Image
 
-from jepa_plugins.d2.data.catalog import check_num_classes, ensure_registered, num_classes, panoptic_metadata
+from jepa_plugins.d2.data.catalog import check_num_classes, ensure_registered, num_classes
+from jepa_plugins.d2.data.schemes import panoptic_metadata
 
 SHARED = Path(os.getenv("JEPA_SHARED", Path(__file__).parents[2].parent / "shared")) / "data"
 CATEGORIES = [

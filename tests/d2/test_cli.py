@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("detectron2")
 
+from jepa_plugins.core.cli import one_sentence, sentence_of  # noqa: E402
 from jepa_plugins.core.images import ImageError  # noqa: E402
-from jepa_plugins.d2.cli import one_sentence, sentence_of  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_the_trees_are_those_that_the_registrations_read() -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     import jepa_plugins.d2  # noqa: F401
-    from jepa_plugins.d2.data.catalog import data_root
+    from jepa_plugins.d2.data.schemes import data_root
 
     keys = ("image_root", "image_dir", "sem_seg_root", "gt_dir", "panoptic_root", "panoptic_json")
     names = [(item, name) for item in DATA_SETS for name in item.registered if "/" not in name]

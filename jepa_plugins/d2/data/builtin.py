@@ -29,7 +29,7 @@ from detectron2.data.datasets import load_coco_json
 
 from jepa_plugins.d2.registration import published_packages
 
-from .catalog import PanopticFiles, data_root, panoptic_metadata, register_panoptic, remedy_for, require_path
+from .schemes import PanopticFiles, data_root, panoptic_metadata, register_panoptic, remedy_for, require_path
 
 ADE20K_SPLITS = {"train": "training", "val": "validation"}
 

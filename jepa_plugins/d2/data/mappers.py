@@ -37,7 +37,8 @@ from torch.nn import functional as F
 
 from jepa_plugins.core.images import CHANNEL_ORDERS, read_image, read_label_map
 
-from .catalog import IGNORE_LABEL, ensure_registered
+from .catalog import ensure_registered
+from .schemes import IGNORE_LABEL
 
 PAD_PIXEL = 128  # grey level of padding, also that of detectron2's FixedSizeCrop
 VOID = 0  # panoptic id of pixels without a segment
