@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 from jepa_plugins.core.checkpoints import CheckpointError
 from jepa_plugins.core.images import ImageError
 
-USER_ERRORS = (
+# what mmengine's registries put before the message of an error while building
+_BUILDING = re.compile(r"^(class `[^`]*` in [^:]*: )+")
+USER_ERRORS: tuple[type[Exception], ...] = (
     ValueError,
     FileNotFoundError,
     KeyError,
@@ -27,7 +30,7 @@ def sentence_of(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if "Original Traceback" in text:
         text = text.strip().splitlines()[-1].split(": ", 1)[-1]
-    return text
+    return _BUILDING.sub("", text)
 
 
 def one_sentence(function: Callable[..., Any], more: tuple[type[Exception], ...] = ()) -> Callable[..., Any]:
@@ -37,11 +40,13 @@ def one_sentence(function: Callable[..., Any], more: tuple[type[Exception], ...]
         more: further kinds of errors that a toolkit raises for what the user wrote.
     """
 
+    kinds: tuple[type[Exception], ...] = USER_ERRORS + more
+
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (*USER_ERRORS, *more) as error:
+        except kinds as error:
             if os.environ.get("JEPA_TRACEBACK"):
                 raise
             sys.exit(f"error: {sentence_of(error)}")

@@ -1,0 +1,4 @@
+# Table D.3, max pooling of the neighbours.
+_base_ = "../vit_small16.py"
+
+model = dict(lat=dict(type="parameter_free", target_attn="max", context="none"))

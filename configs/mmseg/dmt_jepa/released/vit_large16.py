@@ -1,0 +1,3 @@
+_base_ = "../../_base_/released.py"
+
+model = dict(arch="large", predictor=dict(width=384, depth=12))

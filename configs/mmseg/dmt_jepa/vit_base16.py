@@ -1,0 +1,3 @@
+_base_ = "../_base_/paper.py"
+
+model = dict(arch="base", predictor=dict(width=384, depth=6))

@@ -1,0 +1,3 @@
+_base_ = "../_base_/paper.py"
+
+model = dict(arch="tiny", predictor=dict(width=192, depth=6))

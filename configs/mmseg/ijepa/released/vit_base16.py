@@ -1,0 +1,3 @@
+_base_ = "../../dmt_jepa/released/vit_base16.py"
+
+model = dict(msn=None, lat=None)

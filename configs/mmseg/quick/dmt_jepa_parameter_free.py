@@ -1,0 +1,4 @@
+# Equation 4 without weights.
+_base_ = "./base.py"
+
+model = dict(lat=dict(type="parameter_free"))

@@ -1,0 +1,3 @@
+_base_ = "./upernet_camvid.py"
+
+model = dict(backbone=dict(init_cfg=None))

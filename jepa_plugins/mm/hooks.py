@@ -1,0 +1,249 @@
+"""Hooks: the targets' moving average, the collapse warning, and checkpoints that a crash cannot spoil."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.registry import HOOKS
+from torch import Tensor
+
+from jepa_plugins.core.checkpoints import atomic_write, load_into, state_dict_of
+from jepa_plugins.core.collapse import CollapseWatch, HeldOutMeter
+from jepa_plugins.core.sources import UnreadableImages
+from jepa_plugins.mm.checkpoints import ATOMIC_BACKEND
+from jepa_plugins.mm.data import Place, UnlabelledImages, collate_images
+from jepa_plugins.mm.model import DMTJEPA
+from jepa_plugins.mm.optim import accumulation_of
+
+KEPT_HISTORY = 1000  # values of each logged scalar that a checkpoint keeps
+
+
+def model_of(runner: Any) -> DMTJEPA:
+    """The model inside its wrapper.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    model = getattr(runner.model, "module", runner.model)
+    if not isinstance(model, DMTJEPA):
+        raise ValueError(
+            f"the hooks of jepa_plugins.mm serve DMTJEPA, not {type(model).__name__}: remove them from "
+            "custom_hooks"
+        )
+    return model
+
+
+def plain(value: Any) -> Any:
+    """The same nested dicts and lists without numpy's scalars and mmengine's `HistoryBuffer`, of which the newest
+    values become two tensors."""
+    if isinstance(value, dict):
+        return type(value)((key, plain(part)) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(part) for part in value)
+    if isinstance(value, HistoryBuffer):
+        return [torch.as_tensor(part[-KEPT_HISTORY:], dtype=torch.float64) for part in value.data]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def without_step(weights: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """A model's weights without what counts its steps."""
+    return OrderedDict(
+        (name, value) for name, value in weights.items() if name not in ("step", "ema_pending")
+    )
+
+
+@HOOKS.register_module()
+class TargetHook(Hook):
+    """Moves DMTJEPA's targets once after each optimiser step, before a checkpoint is written."""
+
+    priority = "ABOVE_NORMAL"
+
+    def before_train(self, runner: Any) -> None:
+        """Announce itself to the model."""
+        model_of(runner).ema_by_hook = True
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """One update when this iteration moved the weights."""
+        if runner.optim_wrapper.should_update():
+            momentum = model_of(runner).update_target()
+            runner.message_hub.update_scalar("train/ema_momentum", momentum)
+
+    def after_train(self, runner: Any) -> None:
+        """Without this hook nothing moves the targets any more."""
+        model_of(runner).ema_by_hook = False
+
+
+@HOOKS.register_module()
+class CollapseHook(Hook):
+    """Warns in words when the logged measures show a collapse.
+
+    Args:
+        variance_floor, rank_floor: see `CollapseWatch`.
+    """
+
+    def __init__(self, variance_floor: float = 0.25, rank_floor: float = 0.35) -> None:
+        self.watch = CollapseWatch(variance_floor, rank_floor)
+
+    def before_train(self, runner: Any) -> None:
+        """A resumed run goes on with its first values."""
+        if "collapse_watch" in runner.message_hub.runtime_info:
+            self.watch.load_state_dict(runner.message_hub.get_info("collapse_watch"))
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Look at this iteration's metrics."""
+        metrics = {name: float(outputs[name]) for name in self.watch.floors if outputs and name in outputs}
+        if not metrics:
+            return
+        step = runner.iter // accumulation_of(runner.optim_wrapper)
+        for sentence in self.watch.update(step, metrics):
+            runner.logger.warning(sentence)
+        runner.message_hub.update_info("collapse_watch", self.watch.state_dict())
+
+
+@HOOKS.register_module()
+class HeldOutHook(Hook):
+    """Measures the prediction on images that do not train, with the same crops and masks each time.
+
+    Logged are "held_out_explained_variance" (1 - squared error / variance of the targets),
+    "held_out_explained_variance_beyond_position" (against the variance over images at the same patch, which a
+    prediction that knows only the position would reach), "held_out_target_variance" and others of `HeldOutMeter`.
+
+    Args:
+        source, root, pipeline: see `UnlabelledImages`. interval: optimiser steps between measurements.
+        images: at most so many are used. batch_size: of one forward.
+    """
+
+    def __init__(
+        self,
+        source: str | Sequence[str],
+        pipeline: Sequence[dict | Callable],
+        root: str = "",
+        interval: int = 1000,
+        images: int = 256,
+        batch_size: int = 32,
+    ) -> None:
+        self.dataset = UnlabelledImages(source, pipeline, root)
+        self.count = min(images, len(self.dataset))
+        self.interval, self.batch_size = interval, batch_size
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Measure on the main process when it is time."""
+        model = model_of(runner)
+        moved = runner.optim_wrapper.should_update()
+        if moved and is_main_process() and int(model.step) % self.interval == 0:
+            for name, value in self.measure(model).items():
+                runner.message_hub.update_scalar(f"train/held_out_{name}", value)
+
+    @torch.no_grad()
+    def measure(self, model: DMTJEPA) -> dict[str, float]:
+        """The measures of the model as it is, which stays in its mode.
+
+        Raises:
+            ImageError: no image can be read.
+        """
+        meter, training = HeldOutMeter(), model.training
+        model.eval()
+        for first in range(0, self.count, self.batch_size):
+            last = min(first + self.batch_size, self.count)
+            places = [Place(0, i, i, first, last - first) for i in range(first, last)]
+            batch = collate_images([self.dataset[place] for place in places])
+            if batch["inputs"] is None:
+                UnreadableImages(self.dataset.files, limit_key="nothing here").update(batch["reports"])
+            meter.update(model.maps(**model.data_preprocessor(batch)))
+        model.train(training)
+        return meter.result()
+
+
+@HOOKS.register_module()
+class PretrainCheckpointHook(CheckpointHook):
+    """mmengine's, but: a checkpoint is written whole or not at all, an old one is removed only after that, and
+    the file holds plain values and tensors alone, so that every reader with weights only takes it.
+
+    A resume loads every tensor of the model or fails; torch's random state goes on too.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"by_epoch": False, "backend_args": {"backend": ATOMIC_BACKEND}, **kwargs})
+        self._random_state: Any = None
+
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
+        kept = [] if self.max_keep_ckpts <= 0 else [old for old in self.keep_ckpt_ids if old != step]
+        surplus = kept[: max(len(kept) + 1 - self.max_keep_ckpts, 0)]
+        if self.max_keep_ckpts > 0:
+            self.keep_ckpt_ids.clear()
+            self.keep_ckpt_ids.extend([*kept[len(surplus) :], step])
+            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = os.path.join(self.out_dir, name)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            text = self.last_ckpt.encode()
+            atomic_write(os.path.join(runner.work_dir, "last_checkpoint"), lambda file: file.write(text))
+            for old in surplus:
+                path = os.path.join(self.out_dir, self.filename_tmpl.format(old))
+                if os.path.isfile(path):
+                    os.remove(path)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Make the log's history plain, and add torch's random state."""
+        checkpoint["message_hub"] = plain(checkpoint["message_hub"])
+        checkpoint["random_state"] = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """The reverse; a checkpoint to resume from must fill the whole model.
+
+        One that a new run starts from must hold both encoders; its count of steps is left out.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        scalars = checkpoint.get("message_hub", {}).get("log_scalars", {})
+        for name, value in scalars.items():
+            if isinstance(value, list):
+                scalars[name] = HistoryBuffer(*(part.tolist() for part in value))
+        weights = state_dict_of(checkpoint)
+        required = [""]
+        if not runner._resume:
+            required = ["encoder", "target_encoder"]
+            weights = without_step(weights)
+            checkpoint["state_dict"] = weights  # what mmengine loads next
+        source = str(runner._load_from or "the last checkpoint")
+        runner.logger.info("%s", load_into(model_of(runner), weights, required=required, source=source))
+        if runner._resume:
+            self._random_state = checkpoint.get("random_state")
+
+    def before_train(self, runner: Any) -> None:
+        """Go on with the random state of the checkpoint."""
+        super().before_train(runner)
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state["cpu"].cpu())
+            states = self._random_state["cuda"]
+            if torch.cuda.is_available() and len(states) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all([state.cpu() for state in states])

@@ -1,0 +1,321 @@
+"""Whole runs: exact resume, accumulation, the moving average, checkpoints, the recipe, the collapse warning."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mm_tiny import logged, tiny_config, train, weights, write_images
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from jepa_plugins.core.checkpoints import CheckpointError, read_checkpoint
+from jepa_plugins.core.images import ImageError
+from jepa_plugins.core.schedules import warmup_cosine
+
+
+@HOOKS.register_module()
+class StopAt(Hook):
+    """Ends a run early, without making it a shorter one."""
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        runner.train_loop.stop_training = runner.iter + 1 >= self.iteration
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), 10)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.fixture(scope="module")
+def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Work folder of a run of six steps; every second left a checkpoint. Images: 10, so the third batch has 2."""
+    folder = tmp_path_factory.mktemp("run")
+    train(tiny_config(source, folder))
+    return folder
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_resume_is_exact(source: Path, finished: Path, tmp_path: Path, at: int) -> None:
+    shutil.copy(finished / f"iter_{at}.pth", tmp_path)
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / f"iter_{at}.pth"))
+    train(tiny_config(source, tmp_path, resume=True, randomness__seed=0))
+    assert same(weights(tmp_path / "iter_6.pth"), weights(finished / "iter_6.pth"))
+    for key in ("loss", "lr", "grad_norm", "ema_momentum"):
+        assert logged(tmp_path, key) == logged(finished, key)[at:]
+
+
+def test_resume_reads_no_image_that_it_skips(
+    source: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jepa_plugins.core.archives import ImageList
+
+    reads: list[int] = []
+    original = ImageList.read
+
+    def read(self: ImageList, index: int, *args: Any, **kwargs: Any) -> np.ndarray:
+        reads.append(index)
+        return original(self, index, *args, **kwargs)
+
+    monkeypatch.setattr(ImageList, "read", read)
+    (tmp_path / "last_checkpoint").write_text(str(finished / "iter_4.pth"))
+    train(tiny_config(source, tmp_path, resume=True))
+    assert len(reads) == 4 + 2  # steps five and six; the latter ends an epoch of ten
+
+
+def test_the_seed_of_a_resumed_run_is_its_checkpoints(source: Path, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "last_checkpoint").write_text(str(finished / "iter_4.pth"))
+    train(tiny_config(source, tmp_path, resume=True, randomness__seed=99))
+    assert same(weights(tmp_path / "iter_6.pth"), weights(finished / "iter_6.pth"))
+
+
+def test_what_is_logged(finished: Path) -> None:
+    rates = [warmup_cosine(step + 1, 6, 2, 1e-4, 5e-4, 1e-6) for step in range(6)]
+    assert logged(finished, "lr") == pytest.approx(rates)
+    assert logged(finished, "ema_momentum") == pytest.approx([0.996 + 0.004 * i / 6 for i in range(6)])
+    for key in ("target_variance", "explained_variance", "rankme_dense_centred", "context_patches"):
+        assert np.isfinite(logged(finished, key)).all()
+
+
+def test_accumulated_iterations_are_one_batch(source: Path, finished: Path, tmp_path: Path) -> None:
+    cfg = tiny_config(
+        source,
+        tmp_path,
+        train_dataloader__batch_size=2,
+        optim_wrapper__accumulative_counts=2,
+        default_hooks__checkpoint__interval=12,
+    )
+    runner = train(cfg)
+    assert runner.iter == 12 and int(runner.model.step) == 6
+    got, want = weights(tmp_path / "iter_12.pth"), weights(finished / "iter_6.pth")
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=2e-6, msg=name)
+    lr = logged(tmp_path, "lr")
+    assert lr[::2] == lr[1::2] == pytest.approx(logged(finished, "lr"))
+
+
+def test_a_checkpoint_inside_a_step_is_refused(source: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"optim_wrapper__accumulative_counts": 2, "train_dataloader__batch_size": 2}
+    cfg = tiny_config(source, tmp_path, default_hooks__checkpoint__interval=3, train_cfg__steps=3, **changes)
+    train(cfg)
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_3.pth"))
+    with pytest.raises(ValueError, match="iteration 3, in the middle of a step of 2 accumulated"):
+        train(tiny_config(source, tmp_path, resume=True, train_cfg__steps=3, **changes))
+
+
+def test_targets_move_once_a_step_by_the_momentum(source: Path, tmp_path: Path) -> None:
+    first = tiny_config(source, tmp_path, train_cfg__steps=3, model__ema=(0.5, 0.5))
+    first.default_hooks.checkpoint.interval = 1
+    train(first)
+    before, after = weights(tmp_path / "iter_2.pth"), weights(tmp_path / "iter_3.pth")
+    for online, target in (("encoder", "target_encoder"), ("context_head", "target_head")):
+        name = "blocks.0.mlp.fc1.weight"
+        moved = 0.5 * before[f"{target}.{name}"] + 0.5 * after[f"{online}.{name}"]
+        torch.testing.assert_close(after[f"{target}.{name}"], moved)
+        assert not torch.equal(after[f"{target}.{name}"], before[f"{target}.{name}"])
+
+
+def test_without_the_hook_one_sentence(source: Path, tmp_path: Path) -> None:
+    cfg = tiny_config(source, tmp_path)
+    cfg.custom_hooks = []
+    with pytest.raises(ValueError, match="nothing would move DMTJEPA's targets"):
+        train(cfg)
+
+
+def test_checkpoints_are_plain_and_complete(finished: Path) -> None:
+    content = read_checkpoint(finished / "iter_6.pth")  # weights only
+    assert {"meta", "state_dict", "optimizer", "param_schedulers", "message_hub", "random_state"} == set(
+        content
+    )
+    assert int(content["state_dict"]["step"]) == 6 and content["meta"]["iter"] == 6
+    assert (finished / "last_checkpoint").read_text().endswith("iter_6.pth")
+
+
+def test_old_checkpoints_go_after_the_new_one_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_config(source, tmp_path, default_hooks__checkpoint__max_keep_ckpts=1))
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_6.pth"]
+    real, calls = torch.save, []
+
+    def full_disk(content: Any, file: Any, *args: Any) -> None:
+        calls.append(file)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(content, file, *args)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    other = tmp_path / "other"
+    with pytest.raises(OSError, match="No space"):
+        train(tiny_config(source, other, default_hooks__checkpoint__max_keep_ckpts=1))
+    assert [path.name for path in other.glob("*.pth")] == ["iter_2.pth"]
+    assert (other / "last_checkpoint").read_text().endswith("iter_2.pth")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from mmengine.fileio import get_file_backend
+
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"old")
+    backend = get_file_backend(str(path), backend_args={"backend": "atomic"})
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(CheckpointError, match="a.pth could not be written .*older file is left"):
+        backend.put(b"new", str(path))
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_of_another_model_is_not_resumed(source: Path, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "last_checkpoint").write_text(str(finished / "iter_6.pth"))
+    wider = {"width": 32, "depth": 1, "heads": 2}
+    with pytest.raises(CheckpointError, match="another architecture"):
+        train(tiny_config(source, tmp_path, resume=True, model__arch=wider))
+    deeper = {"width": 24, "depth": 2, "heads": 2}
+    with pytest.raises(CheckpointError, match="lacks"):
+        train(tiny_config(source, tmp_path, resume=True, model__arch=deeper))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"train_cfg__recipe": {"batch": 8}},
+            "batch 4 instead of 8 .*accumulative_counts=2 for the recipe's",
+        ),
+        ({"train_cfg__recipe": {"images": 11}}, "images 10 instead of 11.*set train_cfg.recipe=None"),
+        (
+            {"train_cfg__recipe": {"steps_per_epoch": 2, "steps": 7}},
+            "epoch 3 instead of 2; steps 6 instead of 7",
+        ),
+        ({"train_cfg__recipe": {"epochs": 2}}, "train_cfg.recipe has no epochs; it knows batch"),
+        ({"train_cfg__epochs": 2}, "either epochs or steps"),
+        ({"train_dataloader__batch_sampler": None}, "needs train_dataloader.batch_sampler"),
+    ],
+)
+def test_runs_that_are_not_the_recipe(source: Path, tmp_path: Path, changes: dict, sentence: str) -> None:
+    cfg = tiny_config(source, tmp_path, **changes)
+    if "train_dataloader__batch_sampler" in changes:
+        cfg.train_dataloader.pop("batch_sampler")
+    with pytest.raises(ValueError, match=sentence):
+        train(cfg)
+
+
+def test_the_summary_says_what_runs(source: Path, tmp_path: Path) -> None:
+    cfg = tiny_config(source, tmp_path, train_cfg__steps=None, train_cfg__epochs=2)
+    cfg.param_scheduler[0].ref_batch = 8
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    text = runner.train_loop.summary()
+    for part in (
+        "10 images, 3 steps an epoch (the last is smaller)",
+        "4 = 4 images x 1 processes x 1 accumulated",
+        "6 steps, 2.00 epochs, 20 images",
+        "scaled by 0.5, of 8",
+        "linear, from 0.04 to 0.4",
+    ):
+        assert part in text
+
+
+def test_unreadable_images_stop_a_run_or_are_reported(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 10)
+    (folder / "003.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match="raise train_cfg.max_bad"):
+        train(tiny_config(folder, tmp_path / "a"))
+    train(tiny_config(folder, tmp_path / "b", train_cfg__max_bad=0.2))
+    assert "003.png" in (tmp_path / "b" / "unreadable_images.json").read_text()
+
+
+def test_a_loss_that_explodes_stops(source: Path, tmp_path: Path) -> None:
+    cfg = tiny_config(source, tmp_path, optim_wrapper__optimizer__lr=1e30)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        train(cfg)
+
+
+def test_bfloat16_trains(source: Path, finished: Path, tmp_path: Path) -> None:
+    train(tiny_config(source, tmp_path, optim_wrapper__dtype="bfloat16"))
+    assert logged(tmp_path, "loss") == pytest.approx(logged(finished, "loss"), rel=0.02)
+    assert logged(tmp_path, "loss") != logged(finished, "loss")
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("more"), 64)
+
+
+@pytest.mark.parametrize(("momentum", "lr", "collapses"), [(0.98, 1e-3, True), (0.996, 5e-4, False)])
+def test_the_warning_catches_a_collapse(
+    more: Path, tmp_path: Path, momentum: float, lr: float, collapses: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """I-JEPA with a fast target and a high learning rate: its loss falls, and so does the target's variance."""
+    cfg = tiny_config(
+        more,
+        tmp_path,
+        "ijepa",
+        model__arch={"width": 48, "depth": 2, "heads": 3},
+        model__ema=(momentum, 1.0),
+        optim_wrapper__optimizer__lr=lr,
+        train_dataloader__batch_size=8,
+        train_cfg__steps=400,
+        default_hooks__checkpoint__interval=1000,
+        default_hooks__checkpoint__save_last=False,
+    )
+    cfg.custom_hooks.append({"type": "StopAt", "iteration": 180})
+    runner = train(cfg)
+    loss = logged(tmp_path, "loss")
+    assert loss[-1] < loss[0] / 2
+    assert runner.message_hub.get_info("collapse_watch")["warned"] == ["target_variance"] * collapses
+    assert ("the target is collapsing" in caplog.text) == collapses
+
+
+def test_a_new_run_from_weights_counts_its_own_steps(source: Path, finished: Path, tmp_path: Path) -> None:
+    runner = train(tiny_config(source, tmp_path, load_from=str(finished / "iter_6.pth"), train_cfg__steps=3))
+    assert runner.iter == 3 and int(runner.model.step) == 3
+    assert logged(tmp_path, "ema_momentum")[0] == pytest.approx(0.996)
+    encoder = {f"encoder.{name}": value for name, value in runner.model.encoder.state_dict().items()}
+    torch.save({"state_dict": encoder}, tmp_path / "encoder.pth")
+    with pytest.raises(CheckpointError, match="encoder.pth lacks .* of target_encoder"):
+        train(tiny_config(source, tmp_path / "b", load_from=str(tmp_path / "encoder.pth")))
+
+
+def test_held_out_images_are_measured_and_change_nothing(
+    source: Path, finished: Path, more: Path, tmp_path: Path
+) -> None:
+    cfg = tiny_config(source, tmp_path)
+    pipeline = [{"type": "KeyedResizedCrop", "size": 32}]
+    cfg.custom_hooks.append(
+        {
+            "type": "HeldOutHook",
+            "source": str(more),
+            "pipeline": pipeline,
+            "interval": 2,
+            "images": 12,
+            "batch_size": 5,
+        }
+    )
+    runner = train(cfg)
+    assert same(weights(tmp_path / "iter_6.pth"), weights(finished / "iter_6.pth"))
+    hook = next(hook for hook in runner.hooks if type(hook).__name__ == "HeldOutHook")
+    last = hook.measure(runner.model)
+    for name, value in last.items():
+        assert runner.message_hub.get_scalar(f"train/held_out_{name}").current() == pytest.approx(value)
+    assert len(runner.message_hub.get_scalar("train/held_out_explained_variance").data[0]) == 3
+    assert last["explained_variance"] < 1 and last["target_variance"] > 0
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "list.txt").write_text("broken.png")
+    hook.dataset = type(hook.dataset)(str(tmp_path / "list.txt"), pipeline)
+    hook.count = 1
+    with pytest.raises(ImageError, match="cannot be read"):
+        hook.measure(runner.model)

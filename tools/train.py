@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Pre-train DMT-JEPA or I-JEPA, or train any mmengine configuration, in mmsegmentation's command-line style.
+
+python tools/train.py mmseg/quick/dmt_jepa.py --work-dir work_dirs/quick
+python tools/train.py mmseg/dmt_jepa/vit_base16.py --cfg-options train_dataloader.dataset.source=imagenet/train
+torchrun --nproc-per-node 8 tools/train.py mmseg/dmt_jepa/vit_base16.py --launcher pytorch
+python tools/train.py ... --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # A clone works without being installed.
+
+from mmengine.config import Config, DictAction  # noqa: E402
+from mmengine.registry import RUNNERS  # noqa: E402
+from mmengine.runner import Runner  # noqa: E402
+
+from jepa_plugins.config_files import find_config  # noqa: E402
+from jepa_plugins.core.cli import one_sentence  # noqa: E402
+from jepa_plugins.mm.checkpoints import TRUST  # noqa: E402
+from jepa_plugins.mm.distributed import start_processes  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """mmsegmentation's options and ours."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a file, or the name of one of this project's configurations")
+    parser.add_argument("--work-dir", help="folder of logs and checkpoints; work_dirs/NAME without it")
+    parser.add_argument("--resume", action="store_true", help="from the last checkpoint of the folder")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast for our optimiser wrapper")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def configuration(args: argparse.Namespace) -> Config:
+    """The configuration with the command line's changes."""
+    cfg = Config.fromfile(find_config(args.config))
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
+    if args.amp:
+        use_mixed_precision(cfg)
+    cfg.resume = args.resume
+    return cfg
+
+
+def use_mixed_precision(cfg: Config) -> None:
+    """What --amp means for the configured optimiser wrapper."""
+    kind = cfg.optim_wrapper.get("type", "OptimWrapper")
+    if kind == "PretrainOptimWrapper":
+        cfg.optim_wrapper.dtype = "bfloat16"
+    elif kind == "OptimWrapper":
+        cfg.optim_wrapper.type, cfg.optim_wrapper.loss_scale = "AmpOptimWrapper", "dynamic"
+    elif kind != "AmpOptimWrapper":
+        raise ValueError(f"--amp does not know the optimiser wrapper {kind}: set its precision in the config")
+
+
+def run() -> None:
+    """Train as the command line says."""
+    args = build_parser().parse_args()
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if args.trust:
+        os.environ[TRUST] = os.pathsep.join(args.trust)
+    cfg = configuration(args)
+    start_processes(cfg)
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner.train()
+
+
+def main() -> None:
+    """Command line; TypeError is mmengine's word for an entry that a class does not take."""
+    one_sentence(run, more=(TypeError,))()
+
+
+if __name__ == "__main__":
+    main()
