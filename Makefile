@@ -43,8 +43,8 @@ $(STAMP):
 	@"$(PY)" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(if $(JEPA_VENV),,--clear) "$(VENV)"
 	@echo "[2/5] PyTorch (the largest step: one or more minutes, about 5 GB with its CUDA libraries)"
 	@$(PIP) setuptools wheel ninja packaging $(TORCH)
-	@echo "[3/5] jepa_plugins with its dependencies for detectron2 and for the tests"
-	@$(PIP) --constraint requirements/constraints.txt --editable ".[d2,dev]"
+	@echo "[3/5] jepa_plugins with its dependencies for detectron2, mmengine and the tests"
+	@$(PIP) --constraint requirements/constraints.txt --editable ".[d2,mm-onedl,dev]"
 	@$(PIP) --no-deps --requirement requirements/panoptic.txt
 	@echo "[4/5] detectron2"
 	@$(PY) tools/install_detectron2.py
