@@ -7,8 +7,8 @@ file serves them all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -49,6 +49,13 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat(parts, dim=1).float()[None]
 
 
+def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 0) -> Tensor:
+    """A table [1, prefix + N, D] for another grid: bicubic as MAE and detectron2 do it; first rows stay."""
+    return resample_abs_pos_embed(
+        table, list(new), old_size=list(old), num_prefix_tokens=prefix, antialias=False
+    )
+
+
 def pick(tokens: Tensor, index: Tensor) -> Tensor:
     """tokens [B, N, D] (or [1, N, D]) at index int64 [B, n] -> [B, n, D]."""
     tokens = tokens.expand(index.shape[0], -1, -1)
@@ -72,10 +79,80 @@ class SelfAttention(nn.Module):
         return self.proj(attention(query, key, value, attn_mask).transpose(1, 2).flatten(2))
 
 
-def make_block(width: int, heads: int, drop_path: float = 0.0, init_values: float | None = None) -> Block:
-    """timm's pre-norm block around our attention."""
-    block = Block(width, heads, qkv_bias=True, drop_path=drop_path, init_values=init_values, norm_layer=NORM)  # type: ignore[arg-type]
-    block.attn = SelfAttention(width, heads)
+@lru_cache(maxsize=8)
+def relative_index(grid: tuple[int, int], prefix: int) -> Tensor:
+    """Rows of a table of relative positions, in BEiT's order: int64 [prefix + N, prefix + N], N = height * width.
+
+    Rows are counted by vertical, then horizontal offset of the query from the key; with a class token
+    (`prefix` 1) the last three belong to it: as a query, as a key, and both.
+    """
+    rows = torch.arange(grid[0])[:, None].expand(grid).flatten()
+    columns = torch.arange(grid[1])[None].expand(grid).flatten()
+    down = rows[:, None] - rows[None] + grid[0] - 1
+    right = columns[:, None] - columns[None] + grid[1] - 1
+    index = down * (2 * grid[1] - 1) + right
+    if not prefix:
+        return index
+    last = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    index = nn.functional.pad(index, (1, 0, 1, 0))
+    index[0], index[:, 0], index[0, 0] = last, last + 1, last + 2
+    return index
+
+
+def resample_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A table of relative positions for another grid: [(2h - 1)(2w - 1) (+ 3), heads], bicubic.
+
+    The class token's three rows, if there are any, stay as they are.
+    """
+    if old == new:
+        return table
+    height, width = 2 * old[0] - 1, 2 * old[1] - 1
+    offsets, rest = table[: height * width], table[height * width :]
+    image = offsets.T.reshape(1, -1, height, width).float()
+    image = nn.functional.interpolate(image, (2 * new[0] - 1, 2 * new[1] - 1), mode="bicubic")
+    return torch.cat([image[0].flatten(1).T.to(table.dtype), rest])
+
+
+class RelativeSelfAttention(SelfAttention):
+    """Self-attention with BEiT's bias of relative positions: one table [offsets (+ 3), heads] a block."""
+
+    def __init__(self, width: int, heads: int, grid: tuple[int, int], prefix: int) -> None:
+        super().__init__(width, heads)
+        self.grid, self.prefix = grid, prefix
+        offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets + 3 * prefix, heads))
+
+    def bias(self, grid: tuple[int, int]) -> Tensor:
+        """Added to the scores of a grid of patches: [1, heads, n, n]."""
+        table = resample_bias_table(self.relative_position_bias_table, self.grid, grid)
+        index = relative_index(grid, self.prefix).to(table.device)
+        return table[index].permute(2, 0, 1)[None]
+
+
+class RelativeBlock(Block):
+    """timm's block, which tells its attention the grid that the tokens come from."""
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        """[B, n, D] -> [B, n, D]."""
+        attention: RelativeSelfAttention = self.attn  # type: ignore[assignment]
+        bias = attention.bias(grid).to(x.dtype)
+        x = x + self.drop_path1(self.ls1(attention(self.norm1(x), bias)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def make_block(
+    width: int,
+    heads: int,
+    drop_path: float = 0.0,
+    init_values: float | None = None,
+    relative: tuple[tuple[int, int], int] | None = None,
+) -> Block:
+    """timm's pre-norm block around our attention; `relative`: grid and class tokens of a relative bias."""
+    kind = Block if relative is None else RelativeBlock
+    block = kind(width, heads, qkv_bias=True, drop_path=drop_path, init_values=init_values, norm_layer=NORM)  # type: ignore[arg-type]
+    block.attn = (
+        SelfAttention(width, heads) if relative is None else RelativeSelfAttention(width, heads, *relative)
+    )
     return block
 
 
@@ -107,7 +184,8 @@ class VisionTransformer(nn.Module):
             resample it. patch_size: side of a patch in pixels.
         width, depth, heads: of the encoder. in_chans: channels of the image.
         drop_path: rate at the last block, growing linearly from 0.
-        class_token: a token before the patches, for weights of other methods; init_values: LayerScale.
+        class_token: a token before the patches; init_values: of LayerScale; rel_pos_bias: a bias of relative
+            positions in every block (BEiT): all three for weights of other methods.
         checkpointing: recompute the blocks' activations in the backward pass.
 
     Raises:
@@ -126,10 +204,12 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,
         class_token: bool = False,
         init_values: float | None = None,
+        rel_pos_bias: bool = False,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.patch_size, self.width, self.heads = patch_size, width, heads
+        self.prefix, self.rel_pos_bias = int(class_token), rel_pos_bias
         self.checkpointing = checkpointing
         self.grid = self.grid_of(*as_pair(img_size))
         self.patch_embed = PatchEmbed(
@@ -145,7 +225,8 @@ class VisionTransformer(nn.Module):
             self.cls_token = None
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(make_block(width, heads, rate, init_values) for rate in rates)
+        relative = (self.grid, self.prefix) if rel_pos_bias else None
+        self.blocks = nn.ModuleList(make_block(width, heads, rate, init_values, relative) for rate in rates)
         self.norm = NORM(width)
         init_like_ijepa(self, self.blocks)
 
@@ -162,28 +243,32 @@ class VisionTransformer(nn.Module):
         """The table for a grid of patches, with the class token's row first if there is one: [1, n, D]."""
         if grid == self.grid:
             return self.pos_embed
-        prefix = 0 if self.cls_token is None else 1
-        return resample_abs_pos_embed(
-            self.pos_embed, list(grid), old_size=list(self.grid), num_prefix_tokens=prefix
-        )
+        return resample_positions(self.pos_embed, self.grid, grid, self.prefix)
 
     def embed(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """Images [B, c, H, W] -> tokens with positions [B, n, D]; of the patches `keep` int64 [B, n] only."""
         grid = self.grid_of(x.shape[-2], x.shape[-1])
         tokens, table = self.patch_embed(x), self.positions(grid).to(x.dtype)
-        prefix = 0 if self.cls_token is None else 1
-        tokens = tokens + table[:, prefix:]
+        tokens = tokens + table[:, self.prefix :]
         if keep is not None:
             tokens = pick(tokens, keep)
         if self.cls_token is not None:
             tokens = torch.cat([(self.cls_token + table[:, :1]).expand(len(x), -1, -1), tokens], dim=1)
         return tokens
 
-    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+    def run_block(self, block: nn.Module, tokens: Tensor, *args: Any) -> Tensor:
         """One block, its activations recomputed in the backward pass if so configured."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, tokens, use_reentrant=False)
-        return block(tokens)
+            return checkpoint(block, tokens, *args, use_reentrant=False)
+        return block(tokens, *args)
+
+    def layers(self, tokens: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
+        """The tokens [B, n, D] of a grid of patches after each block."""
+        for block in self.blocks:
+            tokens = (
+                self.run_block(block, tokens, grid) if self.rel_pos_bias else self.run_block(block, tokens)
+            )
+            yield tokens
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """
@@ -194,11 +279,13 @@ class VisionTransformer(nn.Module):
             [B, n, D] after the final norm, the class token first if there is one.
 
         Raises:
-            ValueError: when the patch does not divide the image.
+            ValueError: when the patch does not divide the image; `keep` with relative positions.
         """
+        if keep is not None and self.rel_pos_bias:
+            raise ValueError("an encoder with rel_pos_bias encodes whole images only: keep must be None")
         tokens = self.embed(x, keep)
-        for block in self.blocks:
-            tokens = self.run_block(block, tokens)
+        for after in self.layers(tokens, self.grid_of(x.shape[-2], x.shape[-1])):
+            tokens = after
         return self.norm(tokens)
 
 
@@ -225,9 +312,7 @@ class Predictor(nn.Module):
         """The table for a grid of patches: [1, n, width]."""
         if grid == self.grid:
             return self.predictor_pos_embed
-        return resample_abs_pos_embed(
-            self.predictor_pos_embed, list(grid), old_size=list(self.grid), num_prefix_tokens=0
-        )
+        return resample_positions(self.predictor_pos_embed, self.grid, grid)
 
     def forward(self, context: Tensor, keep: Tensor, targets: Tensor, grid: tuple[int, int]) -> Tensor:
         """

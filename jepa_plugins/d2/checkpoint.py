@@ -27,6 +27,9 @@ from jepa_plugins.core.checkpoints import (
     save_atomic,
     state_dict_of,
 )
+from jepa_plugins.core.vit_weights import admitting_plain
+from jepa_plugins.core.vitdet import DetectionViT
+from jepa_plugins.core.vitdet_weights import BackboneWeights, backbone_weights, holds_detector
 
 # Target copies of a Mask-JEPA model and the online modules that they start from.
 TARGETS = (("target_backbone", "backbone"), ("target_pixel_decoder", "sem_seg_head.pixel_decoder"))
@@ -42,7 +45,8 @@ class Checkpointer(DetectionCheckpointer):
     or number of classes; NaN or infinite weights.
 
     A Mask-JEPA model's target copies start as the online modules when the file has none (an ImageNet
-    backbone, a Mask2Former).
+    backbone, a Mask2Former). A detector on a plain ViT also takes files of a ViT alone, above all pre-training
+    checkpoints, of which it takes the target encoder.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Checkpointer(DetectionCheckpointer):
         self.report: LoadReport | None = None
         self._source = ""
         self._by_heuristics = False
+        self._encoder: BackboneWeights | None = None  # of a file that holds no detector
         self._resuming = False
 
     # --- writing
@@ -115,7 +120,7 @@ class Checkpointer(DetectionCheckpointer):
         Returns the entries that are neither the model nor a checkpointable. Raises FileNotFoundError and
         CheckpointError, each with one sentence.
         """
-        self._source, self._by_heuristics = path or "", False
+        self._source, self._by_heuristics, self._encoder = path or "", False, None
         if not path:
             return super().load(path, *args, **kwargs)
         local = self._fetch(path)
@@ -151,7 +156,14 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         trust = [filename if name == self._source else name for name in self.trust]
-        data = read_checkpoint(filename, trust=trust)
+        net = getattr(getattr(self.model, "backbone", None), "net", None)
+        if isinstance(net, DetectionViT):
+            with admitting_plain():
+                data = read_checkpoint(filename, trust=trust)
+            if not holds_detector(data):
+                return self._for_backbone(net, data)
+        else:
+            data = read_checkpoint(filename, trust=trust)
         if filename.endswith(".pkl") and not ("model" in data and "__author__" in data):
             # Caffe2 and Detectron1 files: bare arrays, or below "blobs"
             blobs = data.get("blobs", data)
@@ -162,6 +174,12 @@ class Checkpointer(DetectionCheckpointer):
             data = {"model": state, "__author__": "pycls", "matching_heuristics": True}
         others = dict(data) if isinstance(data.get("model"), Mapping) else {}
         return {**others, "model": state_dict_of(data)}
+
+    def _for_backbone(self, net: DetectionViT, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The encoder in a pre-training checkpoint, or another plain ViT, as the backbone's weights."""
+        self._encoder = backbone_weights(net, data, self._source)
+        self._by_heuristics = False
+        return {"model": self._encoder.weights}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         weights = checkpoint.pop("model")
@@ -187,6 +205,10 @@ class Checkpointer(DetectionCheckpointer):
         )
         # old files hold these, current models compute them
         report.unexpected = [k for k in report.unexpected if "anchor_generator.cell_anchors" not in k]
+        if self._encoder is not None:
+            report.resized += self._encoder.resized
+            report.left_out += self._encoder.left_out
+            self.logger.info("For the backbone: %s", "; ".join(self._encoder.notes))
         if export:
             self._keep_promise(export, report, counters)
         self._start_targets(copied, report)

@@ -138,6 +138,39 @@ def add_timm_config(cfg: CfgNode) -> None:
     node.KWARGS = CN(new_allowed=True)  # further arguments of timm.create_model
 
 
+def add_vit_config(cfg: CfgNode) -> None:
+    """`MODEL.VIT`: the plain ViT of `build_jepa_vit_sfp_backbone`, with ViTDet-B's values; see `core.vitdet`.
+
+    The pyramid's channels and norm are detectron2's MODEL.FPN.OUT_CHANNELS and MODEL.FPN.NORM ("LN" or "").
+    """
+    node = cfg.MODEL.VIT = CN()
+    node.IMG_SIZE = 1024  # pixels that the relative positions of whole-map attention are made for
+    node.PATCH_SIZE = 16
+    node.EMBED_DIM = 768
+    node.DEPTH = 12
+    node.NUM_HEADS = 12
+    node.MLP_RATIO = 4.0
+    node.QKV_BIAS = True
+    node.DROP_PATH_RATE = 0.1
+    node.USE_REL_POS = True
+    node.REL_POS_ZERO_INIT = True
+    node.WINDOW_SIZE = 14  # tokens
+    node.WINDOW_BLOCK_INDEXES = [0, 1, 3, 4, 6, 7, 9, 10]  # the others attend across the whole map
+    node.PRETRAIN_IMG_SIZE = (
+        224,
+        224,
+    )  # (height, width) in pixels of the pre-training: the position table's grid
+    node.PRETRAIN_USE_CLS_TOKEN = (
+        False  # True keeps an unused row for a class token, as published ViTDet models
+    )
+    node.USE_CHECKPOINT = False  # recompute the blocks' activations in the backward pass
+    node.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]  # sizes of the pyramid's levels over the ViT's map
+    node.SQUARE_PAD = (
+        1024  # images up to this many pixels a side are padded to a square of it; 0 to whole cells
+    )
+    cfg.SOLVER.LAYER_DECAY = 1.0  # of the learning rate, from each of a ViT's layers to the one before
+
+
 def add_solver_config(cfg: CfgNode) -> None:
     """Keys of our training loop."""
     # Prefixes of names in MODEL.WEIGHTS that are not loaded, such as the class head when the classes differ.
@@ -168,6 +201,7 @@ def add_jepa_config(cfg: CfgNode) -> None:
     add_mask2former_config(cfg)
     add_mask_jepa_config(cfg)
     add_timm_config(cfg)
+    add_vit_config(cfg)
     add_solver_config(cfg)
     add_monitor_config(cfg)
     add_data_config(cfg)

@@ -135,12 +135,13 @@ class SemanticEvaluator(DatasetEvaluator):
 
 
 class InstanceEvaluator(COCOEvaluator):
-    """Mask AP by the COCO protocol (AP, AP50, AP75, APs, APm, APl), also of a panoptic model's instances.
+    """Mask AP by the COCO protocol (AP, AP50, AP75, APs, APm, APl), also of a panoptic model's instances; box AP of a
+    detector.
 
     A panoptic model numbers things and stuff together, so the thing ids need not be 0 ... n - 1, which
     detectron2's evaluator insists on: predictions are renumbered to the categories of the ground-truth file
-    before they go there, and those that are no thing are left out. Box AP is not computed: Mask2Former
-    predicts no boxes.
+    before they go there, and those that are no thing are left out. Box AP is computed where there are boxes:
+    Mask2Former predicts none.
 
     Args:
         dataset_name: a registered data set with ``json_file`` in its metadata.
@@ -151,7 +152,6 @@ class InstanceEvaluator(COCOEvaluator):
     def __init__(self, dataset_name: str, distributed: bool = True, output_dir: str | None = None) -> None:
         super().__init__(
             dataset_name,
-            tasks=("segm",),
             distributed=distributed,
             output_dir=output_dir,
             use_fast_impl=has_fast_coco_evaluation(),
@@ -177,6 +177,10 @@ class InstanceEvaluator(COCOEvaluator):
             thing_classes=[names[category] for category in category_ids],
             thing_dataset_id_to_contiguous_id={category: i for i, category in enumerate(category_ids)},
         )
+
+    def _tasks_from_predictions(self, predictions: list[dict[str, Any]]) -> list[str]:
+        boxes = not predictions or any(prediction["bbox"][2] > 0 for prediction in predictions)
+        return ["bbox", "segm"] if boxes else ["segm"]
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Add images: outputs hold "instances" with scores, pred_classes, pred_masks and pred_boxes."""

@@ -67,11 +67,11 @@ def adamw(
     max_norm: float | None = None,
     accumulation: int = 1,
 ) -> ClippedAdamW:
-    """Mask2Former's optimiser: parameter groups, full-model clipping, accumulation.
+    """Mask2Former's optimiser, and ViTDet's: parameter groups, full-model clipping, accumulation.
 
     Args:
         params: "model", which detectron2's launcher adds, and optionally "weight_decay_norm",
-            "weight_decay_embed" and "backbone_multiplier" (see `solver.group_parameters`).
+            "weight_decay_embed", "backbone_multiplier" and "layer_decay" (see `solver.group_parameters`).
         accumulation: iterations an optimiser step. The loop's iterations, schedule and periods count batches, not
             steps; MaskJEPA's targets move once a step.
     """
@@ -256,7 +256,7 @@ def jitter_mapper(
     """Flip, large-scale jitter, square crop.
 
     Args:
-        kind: "panoptic" or "instance".
+        kind: "panoptic", "instance", or "detection": without padding, for a model that pads (ViTDet).
         image_size: side of the crop in pixels; min_scale, max_scale: range of the image's size in units of it.
     """
     values = {

@@ -1,8 +1,9 @@
-"""Optimiser and schedule of Mask2Former: AdamW in parameter groups, full-model clipping, poly decay."""
+"""Optimiser and schedule: AdamW in parameter groups, full-model clipping, poly decay; a ViT's layer decay."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 import torch
 from detectron2.config import CfgNode
@@ -33,6 +34,30 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]
                 yield module_name, module, name, parameter
 
 
+_BLOCK = re.compile(r"backbone\.(?:.+\.)?blocks\.(\d+)\.")
+
+
+def vit_depth(names: Iterable[str]) -> int:
+    """Blocks of the plain ViT in a model's backbone, by its parameters' names; 0 without one."""
+    return max((int(found[1]) + 1 for found in map(_BLOCK.match, names) if found), default=0)
+
+
+def layer_decay_rate(name: str, *, decay: float, depth: int) -> float:
+    """Factor of a parameter's learning rate (ViTDet, section A): `decay` for each layer between it and the heads.
+
+    Args:
+        name: of the parameter. decay: in (0, 1]. depth: blocks of the ViT; its patches and positions are the layer
+            below block 0, pyramid and heads the one above the last.
+    """
+    layer = depth + 1
+    if name.startswith("backbone."):
+        if found := _BLOCK.match(name):
+            layer = int(found[1]) + 1
+        elif ".pos_embed" in name or ".patch_embed" in name:
+            layer = 0
+    return decay ** (depth + 1 - layer)
+
+
 def group_parameters(
     model: nn.Module,
     *,
@@ -41,6 +66,7 @@ def group_parameters(
     weight_decay_norm: float = 0.0,
     weight_decay_embed: float = 0.0,
     backbone_multiplier: float = 1.0,
+    layer_decay: float = 1.0,
 ) -> list[dict]:
     """Groups of equal learning rate and weight decay, as the published Mask2Former sets them.
 
@@ -49,13 +75,25 @@ def group_parameters(
         base_lr: learning rate; the backbone's is `base_lr * backbone_multiplier`.
         weight_decay: of weights; norms take `weight_decay_norm`; embeddings, and MaskJEPA's mask token and query,
             `weight_decay_embed`; position tables none.
+        layer_decay: see `layer_decay_rate`; 1 for none.
+
+    Raises:
+        ValueError: a `layer_decay` for a backbone that is no plain ViT, or outside of (0, 1].
     """
+    depth = vit_depth(name for name, _ in model.named_parameters())
+    if not 0 < layer_decay <= 1 or (layer_decay < 1 and not depth):
+        raise ValueError(
+            f"the layer decay (SOLVER.LAYER_DECAY) is {layer_decay}: it is a number above 0 and up to 1, and 1 for a "
+            "backbone that is no plain ViT"
+        )
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for module_name, module, name, parameter in _trainable(model):
         rate, decay = base_lr, weight_decay
         if "backbone" in module_name:
             rate = rate * backbone_multiplier
-        if "relative_position_bias_table" in name or "absolute_pos_embed" in name:
+        if layer_decay < 1:
+            rate = rate * layer_decay_rate(f"{module_name}.{name}", decay=layer_decay, depth=depth)
+        if "relative_position_bias_table" in name or name.endswith("pos_embed"):
             decay = 0.0
         if isinstance(module, _NORMS):
             decay = weight_decay_norm
@@ -75,6 +113,7 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         weight_decay_embed=solver.WEIGHT_DECAY_EMBED,
         backbone_multiplier=solver.BACKBONE_MULTIPLIER,
+        layer_decay=solver.LAYER_DECAY,
     )
 
 

@@ -26,8 +26,8 @@ def _size_of(arch: str | Mapping[str, int]) -> tuple[int, int, int]:
                 f"backbone.arch is one of {', '.join(SIZES)}, or dict(width=, depth=, heads=), got {arch!r}"
             )
         return SIZES[arch]
-    if sorted(arch) != sorted(ARCH_KEYS):
-        raise ValueError(f"backbone.arch needs width, depth and heads and no more, got {dict(arch)}")
+    if not isinstance(arch, Mapping) or sorted(arch) != sorted(ARCH_KEYS):
+        raise ValueError(f"backbone.arch needs width, depth and heads and no more, got {arch!r}")
     width, depth, heads = (arch[key] for key in ARCH_KEYS)
     if width % heads:
         raise ValueError(f"backbone.arch: {heads} heads do not divide the width {width}")

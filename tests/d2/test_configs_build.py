@@ -56,7 +56,8 @@ def test_it_builds_its_model_and_its_data(name):
     cfg = configuration(name).clone()
     cfg.DATASETS.TRAIN = ()  # whose files are not here
     build_mapper(cfg, True)
-    optimizer = build_optimizer(cfg, torch.nn.Linear(2, 2))
+    blocks = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
+    optimizer = build_optimizer(cfg, torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "backbone": blocks}))
     build_lr_scheduler(cfg, optimizer)
     assert optimizer.param_groups[0]["lr"] == cfg.SOLVER.BASE_LR
 

@@ -63,7 +63,8 @@ def test_every_lazy_configuration_has_a_twin() -> None:
     found = {
         name.removeprefix(prefix).removesuffix(".py") for name in list_configs() if name.startswith(prefix)
     }
-    assert {name for name in found if "common" not in name} == set(TWINS)
+    detectors = {name for name in found if "mask_rcnn" in name}  # see test_mask_rcnn.py
+    assert {name for name in found if "common" not in name} - detectors == set(TWINS)
 
 
 @pytest.mark.parametrize("name", TWINS)

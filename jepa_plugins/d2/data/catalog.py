@@ -81,13 +81,16 @@ def check_files(name: str) -> None:
 
 
 def check_num_classes(cfg: CfgNode, name: str) -> None:
-    """Raise unless a data set's files are there (`check_files`) and ``MODEL.SEM_SEG_HEAD.NUM_CLASSES`` is its number
-    of classes (ValueError)."""
+    """Raise unless a data set's files are there (`check_files`) and the model has as many classes (ValueError).
+
+    They are ``MODEL.SEM_SEG_HEAD.NUM_CLASSES``, a detector's ``MODEL.ROI_HEADS.NUM_CLASSES``.
+    """
     ensure_registered(name)
     check_files(name)
-    configured, present = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, num_classes(name)
+    head = "ROI_HEADS" if cfg.MODEL.META_ARCHITECTURE == "JEPAMaskRCNN" else "SEM_SEG_HEAD"
+    configured, present = cfg.MODEL[head].NUM_CLASSES, num_classes(name)
     if configured != present:
         raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {configured}, but data set '{name}' has {present} classes: "
+            f"MODEL.{head}.NUM_CLASSES is {configured}, but data set '{name}' has {present} classes: "
             f"set it to {present}."
         )

@@ -1,4 +1,4 @@
-"""From a data set record to a training sample, for the five mapper names of Mask2Former's configs.
+"""From a data set record to a training sample, for the mapper names of Mask2Former's configs and ViTDet's.
 
 ==========================  =============================================  ======================
 INPUT.DATASET_MAPPER_NAME   augmentation                                   targets from
@@ -9,11 +9,12 @@ mask_former_panoptic        the same                                       pan_s
 mask_former_instance        short side, crop, colour, flip                 annotations
 coco_panoptic_lsj           flip, large-scale jitter, fixed crop           pan_seg_file_name
 coco_instance_lsj           the same                                       annotations
+coco_detection_lsj          the same, without padding (ViTDet)             annotations
 ==========================  =============================================  ======================
 
 Two habits of the published mappers are kept because the published results rest on them: label maps are
 resized as floats (torch's nearest neighbour, not Pillow's), and objects that the crop cuts away stay as empty
-masks, except in coco_instance_lsj.
+masks, except in coco_instance_lsj and coco_detection_lsj.
 """
 
 from __future__ import annotations
@@ -142,6 +143,13 @@ def _jitter_augmentations(cfg: CfgNode) -> list:
         T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, target_height=size, target_width=size),
         T.FixedSizeCrop(crop_size=(size, size), **padding),
     ]
+
+
+def _unpadded_jitter_augmentations(cfg: CfgNode) -> list:
+    """The same, for a model that pads after normalisation: images smaller than the crop stay smaller."""
+    size = cfg.INPUT.IMAGE_SIZE
+    *others, _ = _jitter_augmentations(cfg)
+    return [*others, T.FixedSizeCrop(crop_size=(size, size), pad=False)]
 
 
 class BandInput(T.AugInput):
@@ -311,6 +319,9 @@ RECIPES = {
     "coco_panoptic_lsj": _Recipe(_jitter_augmentations, _PanopticTargets, large_scale_jitter=True),
     "coco_instance_lsj": _Recipe(
         _jitter_augmentations, _InstanceTargets, large_scale_jitter=True, drop_empty=True
+    ),
+    "coco_detection_lsj": _Recipe(
+        _unpadded_jitter_augmentations, _InstanceTargets, large_scale_jitter=True, drop_empty=True
     ),
 }
 

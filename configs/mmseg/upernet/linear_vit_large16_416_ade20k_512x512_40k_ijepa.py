@@ -1,0 +1,3 @@
+_base_ = "./linear_vit_large16_416_ade20k_512x512_40k.py"
+
+model = dict(backbone=dict(init_cfg=dict(checkpoint="checkpoints/ijepa_vit_large16_416.pth")))

@@ -1,0 +1,198 @@
+"""Proof that converted weights of a plain ViT compute what the source computes, on a test image.
+
+The source runs in timm's model of its kind, which is not ours; the result in the target's own model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_plugins.core.checkpoints import state_dict_of
+from jepa_plugins.core.vit import VisionTransformer
+from jepa_plugins.core.vit_convert import Converted, file_content
+from jepa_plugins.core.vit_weights import Encoder, ViTShape
+from jepa_plugins.core.vitdet import DetectionViT
+
+
+@dataclass
+class Proof:
+    """How far the target's features are from the source's, on one image.
+
+    worst: largest difference of a value, relative to the largest value. cosine: mean similarity of the patches.
+    """
+
+    worst: float
+    cosine: float
+    by_design: list[str]
+
+    tolerance = 1e-4
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was changed by design and the features are the same."""
+        return not self.by_design and self.worst <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.by_design:
+            return f"changed by design: {'; '.join(self.by_design)}; cosine similarity {self.cosine:.4f}"
+        verdict = "exact" if self.exact else "WRONG"
+        worst = f"largest difference {self.worst:.1e} of the largest value"
+        return f"{verdict}: {worst}, cosine similarity {self.cosine:.6f}"
+
+
+def generated_image(size: tuple[int, int], channels: int = 3) -> Tensor:
+    """A picture of smooth shapes and grain, float32 [1, channels, height, width], about normalised."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, channels, 7, 7, generator=generator)
+    image = F.interpolate(coarse, size=size, mode="bicubic")
+    return image + 0.3 * torch.randn(image.shape, generator=generator)
+
+
+def reference(source: Encoder) -> nn.Module:
+    """timm's model of the source's kind with the source's weights: an implementation that is not ours."""
+    shape = source.shape
+    common: dict[str, Any] = {
+        "img_size": shape.img_size,
+        "patch_size": shape.patch_size,
+        "in_chans": shape.in_chans,
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
+        "num_classes": 0,
+        "global_pool": "",
+        "init_values": 1.0 if shape.layer_scale else None,
+    }
+    if shape.rel_pos_bias and any(name.endswith("q_bias") for name in source.published):
+        return _beit_reference(source, common)
+    if shape.rel_pos_bias:  # a converted file
+        return plain_model(shape, source.weights)
+    from timm.models.vision_transformer import VisionTransformer as TimmViT
+
+    model = TimmViT(
+        **common,
+        class_token=shape.class_token,
+        reg_tokens=shape.registers,
+        no_embed_class=bool(shape.registers),
+    )
+    weights = OrderedDict(source.weights)
+    if shape.registers:  # timm adds positions to patches alone
+        weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
+        weights["pos_embed"] = weights["pos_embed"][:, 1:]
+    _fill(model, weights, shape.norm)
+    return model.eval()
+
+
+def _beit_reference(source: Encoder, common: dict[str, Any]) -> nn.Module:
+    from timm.models.beit import Beit
+
+    shared = any(name.startswith("rel_pos_bias.") for name in source.published)
+    own = any(".attn.relative_position_bias_table" in name for name in source.published)
+    model = Beit(
+        **common,
+        use_abs_pos_emb="pos_embed" in source.published,
+        use_rel_pos_bias=own,
+        use_shared_rel_pos_bias=shared,
+    )
+    names = model.state_dict()
+    weights = OrderedDict((k, v) for k, v in source.published.items() if k in names)
+    if "fc_norm.weight" in source.published:
+        weights.update({f"norm.{part}": source.published[f"fc_norm.{part}"] for part in ("weight", "bias")})
+    _fill(model, weights, source.shape.norm)
+    return model.eval()
+
+
+def plain_model(shape: ViTShape, weights: Mapping[str, Tensor]) -> VisionTransformer:
+    """Our ViT, which mmsegmentation's `JEPAViT` is."""
+    model = VisionTransformer(
+        shape.img_size,
+        shape.patch_size,
+        width=shape.width,
+        depth=shape.depth,
+        heads=shape.heads,
+        in_chans=shape.in_chans,
+        class_token=shape.class_token,
+        init_values=1.0 if shape.layer_scale else None,
+        rel_pos_bias=shape.rel_pos_bias,
+    )
+    _fill(model, weights, shape.norm)
+    return model.eval()
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor], norm: bool) -> None:
+    """Load every tensor; a final norm that the weights have not becomes the identity."""
+    if not norm:
+        model.norm = nn.Identity()
+    model.load_state_dict(weights)
+
+
+def read_target(content: Mapping[str, Any], encoder: Encoder, target: str) -> nn.Module:
+    """The target's model with the content of the file that was written for it."""
+    weights = state_dict_of(content)
+    if target == "detectron2":
+        return _detection_model(encoder.shape, weights)
+    if target == "mmseg":
+        return plain_model(encoder.shape, weights)
+    stand_in = replace(encoder, published=weights) if encoder.shape.rel_pos_bias else encoder
+    return reference(replace(stand_in, weights=weights))
+
+
+def _detection_model(shape: ViTShape, weights: Mapping[str, Tensor]) -> DetectionViT:
+    """detectron2's ViT without windows, which would change what the source computes."""
+    model = DetectionViT(
+        shape.img_size[0],
+        patch_size=shape.patch_size,
+        in_chans=shape.in_chans,
+        embed_dim=shape.width,
+        depth=shape.depth,
+        num_heads=shape.heads,
+        pretrain_img_size=shape.img_size,
+    )
+    model.load_state_dict({name.removeprefix("backbone.net."): value for name, value in weights.items()})
+    return model.eval()
+
+
+def _features(model: nn.Module, image: Tensor, shape: ViTShape) -> Tensor:
+    """Of the patches, as a map [1, D, rows, columns]."""
+    if isinstance(model, DetectionViT):
+        return model.features(image)
+    forward: Any = model if isinstance(model, VisionTransformer) else model.forward_features
+    tokens = forward(image)[:, int(shape.class_token) + shape.registers :]
+    return tokens.transpose(1, 2).unflatten(2, shape.grid)
+
+
+@torch.no_grad()
+def prove(source: Encoder, converted: Converted, target: str, image: Tensor | None = None) -> Proof:
+    """Run source and target on one image and compare the features of their patches.
+
+    Args:
+        image: float32 [1, c, H, W], RGB, normalised; a generated one if None.
+    """
+    after = converted.encoder
+    image = generated_image(source.shape.img_size, source.shape.in_chans) if image is None else image
+    model = reference(source)
+    if source.shape.norm and not after.shape.norm:
+        model.norm = nn.Identity()
+    want = _features(model, _seen(image, source), source.shape)
+    del model
+    model = read_target(file_content(converted, target), after, target)
+    got = _features(model, _seen(image, after), after.shape)
+    if want.shape != got.shape:
+        want = F.interpolate(want, size=got.shape[-2:], mode="bilinear", align_corners=False)
+    cosine = float(F.cosine_similarity(got, want, dim=1).mean())
+    worst = float((got - want).abs().max() / want.abs().max())
+    return Proof(worst, cosine, converted.by_design)
+
+
+def _seen(image: Tensor, encoder: Encoder) -> Tensor:
+    """The image in the encoder's size and order of channels."""
+    size = encoder.shape.img_size
+    if tuple(image.shape[-2:]) != size:
+        image = F.interpolate(image, size=size, mode="bicubic", antialias=True)
+    return image.flip(1) if encoder.bgr else image

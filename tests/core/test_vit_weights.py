@@ -1,0 +1,414 @@
+"""Files of every known ViT method: recognised, loaded into our ViT, converted, proved."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from golden_tools import assert_close, fill, gain_of, load, points, tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vit_files import DEPTH, HEADS, PATCH, SIZE, WIDTH, beit, files, some, tokens_of, under, vit
+
+from jepa_plugins.core import vit_convert, vit_proof
+from jepa_plugins.core.checkpoints import CheckpointError, save_atomic
+from jepa_plugins.core.vit import VisionTransformer, relative_index
+from jepa_plugins.core.vit_convert import Wishes, convert, file_content, target_weights
+from jepa_plugins.core.vit_proof import plain_model, prove
+from jepa_plugins.core.vit_weights import NON_COMMERCIAL, Encoder, load_encoder, read_vit, recognise
+
+FILES = files()
+IMAGE = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
+OF_TWO = ("ours", "ijepa", "dino", "ibot")
+
+
+def found(layout: str, **options) -> Encoder:
+    return recognise(FILES[layout][0], source=layout, **options)
+
+
+@pytest.mark.parametrize("layout", FILES)
+def test_recognised_and_computes_what_its_own_model_does(layout: str) -> None:
+    content, model, origin = FILES[layout]
+    encoder = recognise(content, source=layout)
+    shape = encoder.shape
+    assert encoder.origin == origin
+    assert (shape.width, shape.depth, shape.heads, shape.patch_size, shape.grid) == (
+        *(WIDTH, DEPTH, HEADS, PATCH),
+        (SIZE // PATCH,) * 2,
+    )
+    prefix = int(shape.class_token) + shape.registers
+    want = tokens_of(model, IMAGE, prefix)
+    # the reference that proofs compare with is right ...
+    torch.testing.assert_close(tokens_of(vit_proof.reference(encoder), IMAGE, prefix), want)
+    # ... and so is our own model, which has no registers
+    if not shape.registers:
+        with torch.no_grad():
+            got = plain_model(shape, encoder.weights)(IMAGE)[:, prefix:]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", vit_convert.TARGETS)
+@pytest.mark.parametrize("layout", FILES)
+def test_conversion_is_proved(layout: str, target: str) -> None:
+    encoder = found(layout)
+    proof = prove(encoder, convert(encoder, target), target)
+    shape = encoder.shape
+    lost = shape.registers or (target == "detectron2" and (shape.class_token or shape.rel_pos_bias))
+    assert proof.exact != bool(lost)
+    assert bool(proof.by_design) == bool(lost)
+    assert proof.cosine > (0.5 if lost else 1 - 1e-6)
+    assert str(proof).startswith("changed by design" if lost else "exact")
+
+
+@pytest.mark.parametrize("layout", OF_TWO)
+def test_the_target_encoder_unless_asked(layout: str) -> None:
+    target, context = found(layout), found(layout, which="context")
+    assert any("target encoder" in note for note in target.notes)
+    assert not torch.equal(
+        target.weights["blocks.0.attn.qkv.weight"], context.weights["blocks.0.attn.qkv.weight"]
+    )
+    assert torch.equal(target.weights["norm.weight"], found(layout, which="target").weights["norm.weight"])
+
+
+def test_mocov3_gives_the_base_encoder_unless_asked() -> None:
+    assert found("mocov3").notes == ["'base_encoder' was taken"]
+    assert found("mocov3", which="target").notes == ["'momentum_encoder' was taken"]
+
+
+def test_a_proof_sees_a_wrong_weight() -> None:
+    encoder = found("dinov2")
+    converted = convert(encoder, "detectron2", Wishes(class_token=False))
+    good = prove(encoder, converted, "detectron2").cosine
+    converted.encoder.weights["blocks.1.mlp.fc2.weight"].neg_()
+    assert prove(encoder, converted, "detectron2").cosine < good - 0.05
+    kept = convert(encoder, "mmseg", Wishes(layer_scale=False))
+    assert prove(encoder, kept, "mmseg").exact
+    kept.encoder.weights["blocks.0.attn.proj.bias"][0] += 0.1
+    wrong = prove(encoder, kept, "mmseg")
+    assert not wrong.exact and str(wrong).startswith("WRONG")
+
+
+def test_folded_layer_scale_is_exact_and_gone() -> None:
+    encoder = found("dinov2")
+    converted = convert(encoder, "timm", Wishes(layer_scale=False))
+    assert not any("ls1" in name or "ls2" in name for name in converted.encoder.weights)
+    assert converted.exactly == ["folded LayerScale into the layers before it"]
+    assert prove(encoder, converted, "timm").exact
+
+
+@pytest.mark.parametrize("target", vit_convert.TARGETS)
+def test_channels_reversed_are_exact_and_reverse_back(target: str) -> None:
+    encoder = found("ours")
+    bgr = convert(encoder, target, Wishes(bgr=True))
+    assert prove(encoder, bgr, target).exact
+    name = "patch_embed.proj.weight"
+    assert torch.equal(bgr.encoder.weights[name].flip(1), encoder.weights[name])
+    if target == "timm":
+        return  # its file tells no more than weights
+    again = recognise(file_content(bgr, target), heads=HEADS)
+    assert again.bgr and prove(again, convert(again, target), target).exact
+
+
+def test_patches_and_positions_are_resampled_by_design() -> None:
+    encoder = found("ours")
+    converted = convert(encoder, "mmseg", Wishes(patch_size=16, img_size=(96, 64)))
+    assert converted.encoder.shape.grid == (6, 4)
+    assert converted.by_design == [
+        "patches resampled from 8 to 16 pixels",
+        "positions resampled from 4x4 to 6x4",
+    ]
+    proof = prove(encoder, converted, "mmseg")
+    assert not proof.exact and -1 <= proof.cosine <= 1
+
+
+def test_patches_from_14_to_16_keep_a_smooth_network_close() -> None:
+    from timm.models.vision_transformer import VisionTransformer as TimmViT
+
+    torch.manual_seed(0)
+    model = TimmViT(img_size=56, patch_size=14, embed_dim=64, depth=1, num_heads=1, num_classes=0)
+    encoder = recognise(model.state_dict())
+    converted = convert(encoder, "mmseg", Wishes(patch_size=16))
+    assert converted.encoder.weights["patch_embed.proj.weight"].shape[-2:] == (16, 16)
+    assert converted.encoder.shape.img_size == (64, 64)
+    assert prove(encoder, converted, "mmseg").cosine > 0.9
+
+
+@settings(max_examples=15, deadline=None)
+@given(height=st.integers(1, 6), width=st.integers(1, 6), prefix=st.integers(0, 1))
+def test_relative_index_is_symmetric_about_its_centre(height: int, width: int, prefix: int) -> None:
+    index = relative_index((height, width), prefix)[prefix:, prefix:]
+    assert len(index) == height * width
+    rows = (2 * height - 1) * (2 * width - 1)
+    assert torch.equal(index + index.T, torch.full_like(index, rows - 1))
+    assert int(index.max()) < rows and index.unique().numel() == rows
+
+
+@settings(max_examples=15, deadline=None)
+@given(height=st.integers(1, 4), width=st.integers(1, 4))
+def test_rectangular_grids_come_back(height: int, width: int) -> None:
+    encoder = found("beit_tuned")
+    size = (height * PATCH, width * PATCH)
+    converted = convert(encoder, "mmseg", Wishes(img_size=size))
+    again = recognise(file_content(converted, "mmseg"))
+    assert again.shape == converted.encoder.shape and again.shape.grid == (height, width)
+    assert prove(again, convert(again, "mmseg"), "mmseg").exact
+
+
+def test_other_sizes_use_a_resampled_bias() -> None:
+    encoder = found("beit_tuned")
+    model = plain_model(encoder.shape, encoder.weights)
+    image = torch.randn(1, 3, 40, 24)
+    with torch.no_grad():
+        out = model(image)
+        wider = convert(encoder, "mmseg", Wishes(img_size=(40, 24))).encoder
+        want = plain_model(wider.shape, wider.weights)(image)
+    torch.testing.assert_close(out, want)
+
+
+def test_dropping_the_class_token_drops_its_rows() -> None:
+    encoder = found("beit_tuned")
+    after = convert(encoder, "mmseg", Wishes(class_token=False)).encoder
+    assert after.weights["pos_embed"].shape[1] == 16 and "cls_token" not in after.weights
+    assert after.weights["blocks.0.attn.relative_position_bias_table"].shape[0] == 49
+    assert not after.shape.class_token
+
+
+def test_converted_files_tell_their_shape(tmp_path: Path) -> None:
+    encoder = found("beit")
+    for suffix in (".pth", ".safetensors"):
+        path = tmp_path / f"file{suffix}"
+        save_atomic(file_content(convert(encoder, "mmseg"), "mmseg"), path)
+        again = read_vit(path)
+        assert again.origin == "BEiT" and again.shape == encoder.shape
+        assert tuple(again.pixels[0]) == (0.5, 0.5, 0.5)
+
+
+def test_names_of_the_targets(golden_dir: Path) -> None:
+    encoder = found("ours")
+    d2 = set(target_weights(convert(encoder, "detectron2").encoder, "detectron2"))
+    listed = json.loads((golden_dir / "state_dicts" / "vitdet_mask_rcnn_b.json").read_text())["keys"]
+    published = {name for name in listed if name.startswith("backbone.net.") and "rel_pos" not in name}
+    assert d2 == {
+        name
+        for name in published
+        if not name.startswith(tuple(f"backbone.net.blocks.{i}." for i in range(2, 12)))
+    }
+    assert set(target_weights(encoder, "timm")) == set(vit(class_token=False).state_dict())
+    assert set(target_weights(found("beit_tuned"), "timm")) - {"pos_embed"} == set(beit().state_dict())
+
+
+@pytest.mark.parametrize("name", ["ijepa_vit_base", "mae_vit_base", "timm_vit_base"])
+def test_lists_of_published_names(golden_dir: Path, name: str) -> None:
+    listed = json.loads((golden_dir / "state_dicts" / f"{name}.json").read_text())
+
+    def small(shapes: dict) -> dict:
+        kept = {
+            k: v
+            for k, v in shapes.items()
+            if not k.split("blocks.")[-1].startswith(tuple("23456789") + ("10.", "11."))
+        }
+        return {k: torch.zeros(v) for k, v in kept.items()}
+
+    if name == "ijepa_vit_base":
+        content = {
+            part: small(listed["checkpoint"][part]) for part in ("encoder", "predictor", "target_encoder")
+        }
+        want, rows = "I-JEPA", 196
+    elif name == "mae_vit_base":
+        content, want, rows = {"model": small(listed["keys"])}, "MAE", 197
+    else:
+        content, want, rows = small(listed["keys"]), "timm", 197
+    encoder = recognise(content)
+    assert encoder.origin == want and (encoder.licence == NON_COMMERCIAL) == (want != "timm")
+    assert encoder.shape.depth == 2 and encoder.shape.heads == 12
+    assert encoder.weights["pos_embed"].shape == (1, rows, 768)
+
+
+# --- MAE's golden features ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mae() -> tuple[dict, dict, Encoder]:
+    meta, arrays = load("mae_features")
+    config = meta["config"]
+    width, depth = config["embed_dim"], config["depth"]
+    shapes = VisionTransformer(64, 8, width=width, depth=depth, heads=config["num_heads"], class_token=True)
+    weights = OrderedDict()
+    for name, value in shapes.state_dict().items():
+        if name == "pos_embed":
+            weights[name] = torch.from_numpy(arrays["pos_embed"])[None]
+        else:
+            weights[name] = torch.from_numpy(fill(name, value.shape, gain_of(name, meta["gains"])))
+    content = {
+        "model": {**weights, "decoder_embed.weight": some(64, width), "decoder_blocks.0.norm1.bias": some(64)}
+    }
+    return meta, arrays, recognise(content, heads=config["num_heads"])
+
+
+def test_mae_latent_golden(mae: tuple[dict, dict, Encoder]) -> None:
+    meta, arrays, encoder = mae
+    assert encoder.origin == "MAE"
+    keep = torch.from_numpy(points(3, 64)).argsort(dim=1)[:, :16]
+    with torch.no_grad():
+        latent = plain_model(encoder.shape, encoder.weights)(tensor(900, [3, 3, 64, 64], -2, 2), keep)
+    assert_close(latent, arrays["latent"], meta["noise"]["latent"])
+
+
+def test_mae_probe_features_golden(mae: tuple[dict, dict, Encoder]) -> None:
+    meta, arrays, encoder = mae
+    larger = convert(encoder, "mmseg", Wishes(img_size=(96, 96))).encoder
+    assert_close(larger.weights["pos_embed"][0], arrays["probe_pos_embed"])
+    model = plain_model(larger.shape, larger.weights)
+    images = tensor(901, [3, 3, 96, 96], -2, 2)
+    with torch.no_grad():
+        assert_close(model(images)[:, 0], arrays["probe_cls_features"], meta["noise"]["latent"])
+        model.norm = torch.nn.Identity()
+        pooled = model(images)[:, 1:].mean(1)
+        norm = torch.nn.LayerNorm(96, eps=1e-6)
+        for name, value in norm.named_parameters():
+            value.copy_(torch.from_numpy(fill(f"fc_norm.{name}", value.shape, gain_of(name, meta["gains"]))))
+        assert_close(norm(pooled), arrays["probe_global_pool_features"], meta["noise"]["latent"])
+
+
+# --- loading into our model ---------------------------------------------------------------------------
+
+
+def model_like(encoder: Encoder, **changes) -> VisionTransformer:
+    shape = encoder.shape
+    options = {
+        "width": shape.width,
+        "depth": shape.depth,
+        "heads": shape.heads,
+        "class_token": shape.class_token,
+        "init_values": 0.1 if shape.layer_scale else None,
+        "rel_pos_bias": shape.rel_pos_bias,
+        **changes,
+    }
+    return VisionTransformer(options.pop("img_size", shape.img_size), options.pop("patch", PATCH), **options)
+
+
+@pytest.mark.parametrize("layout", ["ours", "ijepa", "mae", "dinov2", "beit"])
+def test_published_files_load_directly(layout: str) -> None:
+    encoder = found(layout)
+    model = model_like(encoder).eval()
+    report = load_encoder(model, encoder, layout)
+    assert not report.missing and not report.unexpected and not report.resized
+    with torch.no_grad():
+        got = model(IMAGE)[:, model.prefix :]
+    torch.testing.assert_close(got, tokens_of(FILES[layout][1], IMAGE, model.prefix), rtol=1e-4, atol=1e-5)
+
+
+def test_a_load_says_what_it_did() -> None:
+    encoder = found("ours")
+    report = str(load_encoder(model_like(encoder, img_size=64, depth=1), encoder, "file.pth"))
+    assert "resized: pos_embed" in report
+    assert "blocks.1" in report and "encoder.* (" in report and "predictor.* (1)" in report
+
+
+BAD_LOADS = {
+    "class token": (
+        "mae",
+        {"class_token": False},
+        "has a class token and the model has not: set class_token, or",
+    ),
+    "no class token": ("ours", {"class_token": True}, "has not a class token, which the model has"),
+    "scale": ("dinov2", {"init_values": None}, "has LayerScale and the model has not: set layer_scale"),
+    "bias": ("beit", {"rel_pos_bias": False}, "has a relative position bias and the model has not"),
+    "patch": ("ours", {"patch": 4}, "patches of 8 pixels and the model of 4: set patch_size=8, or convert"),
+    "depth": ("ours", {"depth": 3}, "has 2 blocks and the model 3"),
+    "width": ("ours", {"width": 64}, "holds weights of another architecture"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LOADS)
+def test_what_does_not_fit_is_one_sentence(case: str) -> None:
+    layout, changes, message = BAD_LOADS[case]
+    encoder = found(layout)
+    with pytest.raises(CheckpointError, match="file.pth") as error:
+        load_encoder(model_like(encoder, **changes), encoder, "file.pth")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_registers_must_be_converted_first() -> None:
+    encoder = found("dinov2_registers")
+    with pytest.raises(CheckpointError, match="further tokens, which the model has not: convert the file"):
+        load_encoder(model_like(encoder), encoder, "file.pth")
+
+
+# --- bad files ----------------------------------------------------------------------------------------
+
+
+def broken(name: str) -> tuple[dict, dict]:
+    """(content, options) of a file that cannot be used."""
+    plain = vit(1, class_token=False).state_dict()
+    if name == "no target":
+        return {"state_dict": {**under("encoder.", plain), "predictor.w": some(2)}}, {}
+    if name == "no target, I-JEPA":
+        return {"encoder": dict(plain), "predictor": {"a": some(1)}}, {}
+    if name == "one encoder":
+        return dict(plain), {"which": "context"}
+    if name == "resnet":
+        return {"layer1.0.conv1.weight": some(4, 4, 1, 1)}, {}
+    if name == "swiglu":
+        return {**plain, "blocks.0.mlp.w12.weight": some(4, 4)}, {}
+    if name == "decomposed":
+        return {"model": {**under("backbone.net.", {**plain, "blocks.0.attn.rel_pos_h": some(7, 64)})}}, {}
+    if name == "rectangle":
+        return {**plain, "pos_embed": some(1, 12, WIDTH)}, {}
+    if name == "wrong grid":
+        return dict(plain), {"grid": (3, 4)}
+    if name == "nan":
+        return {**plain, "norm.bias": torch.full((WIDTH,), float("nan"))}, {}
+    if name == "heads":
+        odd = VisionTransformer(16, 8, width=48, depth=1, heads=2).state_dict()
+        return dict(odd), {}
+    assert name == "positions"
+    return {k: v for k, v in plain.items() if k != "pos_embed"}, {}
+
+
+BROKEN = {
+    "no target": "holds no 'target_encoder': give a whole pre-training checkpoint, or take its other encoder",
+    "no target, I-JEPA": "holds no 'target_encoder'",
+    "one encoder": "holds one encoder only: leave --encoder context out",
+    "resnet": "holds no plain ViT: it looks like a torchvision or timm ResNet",
+    "swiglu": "a gated MLP",
+    "decomposed": "relative positions of detectron2's kind",
+    "rectangle": "holds 12 positions, which are no square: give --grid",
+    "wrong grid": "holds 16 positions, not 3x4",
+    "nan": "NaN or infinite",
+    "heads": "are not known: give --heads",
+    "positions": "holds no positions",
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_files_are_one_sentence(case: str) -> None:
+    content, options = broken(case)
+    with pytest.raises(CheckpointError, match="file.pth") as error:
+        recognise(content, source="file.pth", **options)
+    assert BROKEN[case] in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "target", "message"),
+    [
+        (Wishes(class_token=True), "detectron2", "has no class token"),
+        (Wishes(layer_scale=True), "detectron2", "has no LayerScale"),
+        (Wishes(img_size=(30, 32)), "mmseg", "is no whole number of patches of 8"),
+    ],
+)
+def test_wishes_that_cannot_be_met(wishes: Wishes, target: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        convert(found("dinov2"), target, wishes)
+
+
+def test_converting_leaves_the_source_alone() -> None:
+    encoder = found("beit")
+    before = copy.deepcopy(encoder.weights)
+    convert(encoder, "detectron2", Wishes(bgr=True, patch_size=16, img_size=(64, 64)))
+    assert encoder.weights.keys() == before.keys()
+    assert all(torch.equal(encoder.weights[k], before[k]) for k in before)
