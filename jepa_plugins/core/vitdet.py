@@ -141,14 +141,15 @@ class DetectionBlock(nn.Module):
         window: int,
         drop_path: float,
         mlp_ratio: float,
+        norm_layer: Callable[[int], nn.Module] = NORM,
         **attention_options: Any,
     ) -> None:
         super().__init__()
         self.window = window
-        self.norm1 = NORM(width)
+        self.norm1 = norm_layer(width)
         self.attn = MapAttention(width, heads, **attention_options)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = NORM(width)
+        self.norm2 = norm_layer(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def attend(self, x: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ class DetectionViT(nn.Module):
         img_size: side in pixels that the relative positions of whole-map attention are made for; any image whose
             sides are multiples of the patch will do. patch_size: in pixels.
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: of the transformer.
-        drop_path_rate: at the last block, growing linearly from 0.
+        drop_path_rate: at the last block, growing linearly from 0. norm_layer: of the blocks, from the width.
         use_rel_pos: decomposed relative positions; rel_pos_zero_init: they start at 0.
         window_size: side of a window in tokens; window_block_indexes: the blocks, from 0, that attend in windows.
         use_act_checkpoint: recompute the blocks' activations in the backward pass.
@@ -212,6 +213,7 @@ class DetectionViT(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = NORM,
         use_rel_pos: bool = False,
         rel_pos_zero_init: bool = True,
         window_size: int = 0,
@@ -237,6 +239,7 @@ class DetectionViT(nn.Module):
                 window=window,
                 drop_path=drop_path_rate * i / max(depth - 1, 1),
                 mlp_ratio=mlp_ratio,
+                norm_layer=norm_layer,
                 qkv_bias=qkv_bias,
                 size=None if not use_rel_pos else (window, window) if window else whole,
                 zero_init=rel_pos_zero_init,

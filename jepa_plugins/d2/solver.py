@@ -34,7 +34,7 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]
                 yield module_name, module, name, parameter
 
 
-_BLOCK = re.compile(r"backbone\.(?:.+\.)?blocks\.(\d+)\.")
+_BLOCK = re.compile(r"backbone\.(?:net\.)?blocks\.(\d+)\.")
 
 
 def vit_depth(names: Iterable[str]) -> int:

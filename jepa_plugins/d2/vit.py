@@ -23,10 +23,22 @@ class JEPAViT(DetectionViT, Backbone):
     """`core.vitdet.DetectionViT` as a backbone of one feature.
 
     Args:
-        out_feature: its name. kwargs: see `DetectionViT`.
+        out_feature: its name.
+        residual_block_indexes: published LazyConfigs name them; convolutional blocks are not supported.
+        kwargs: see `DetectionViT`.
+
+    Raises:
+        ValueError: residual blocks are asked for, or see `DetectionViT`.
     """
 
-    def __init__(self, *, out_feature: str = "last_feat", **kwargs: Any) -> None:
+    def __init__(
+        self, *, out_feature: str = "last_feat", residual_block_indexes: Sequence[int] = (), **kwargs: Any
+    ) -> None:
+        if residual_block_indexes:
+            raise ValueError(
+                f"residual_block_indexes names {list(residual_block_indexes)}, but this ViT has no convolutional "
+                "blocks: leave it empty and attend across the whole map in some blocks"
+            )
         super().__init__(**kwargs)
         self._out_features = [out_feature]
         self._out_feature_channels = {out_feature: self.embed_dim}

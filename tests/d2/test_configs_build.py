@@ -59,7 +59,7 @@ def test_it_builds_its_model_and_its_data(name):
     blocks = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
     optimizer = build_optimizer(cfg, torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "backbone": blocks}))
     build_lr_scheduler(cfg, optimizer)
-    assert optimizer.param_groups[0]["lr"] == cfg.SOLVER.BASE_LR
+    assert optimizer.param_groups[0]["initial_lr"] == cfg.SOLVER.BASE_LR
 
 
 def test_the_sizes_are_those_of_the_published_models():

@@ -92,7 +92,12 @@ def _without_flip(monkeypatch) -> None:
     monkeypatch.setattr(T.RandomFlip, "get_transform", lambda self, image: T.NoOpTransform())
 
 
-KEYS = {"semantic": "sem_seg_file_name", "panoptic": "pan_seg_file_name", "instance": "annotations"}
+KEYS = {
+    "semantic": "sem_seg_file_name",
+    "panoptic": "pan_seg_file_name",
+    "instance": "annotations",
+    "detection": "annotations",
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -102,10 +107,13 @@ def test_every_mapper_gives_a_consistent_sample(record, name: str, seed: int) ->
     sample = _map(record, name, seed, ENABLED=True, TYPE="absolute", SIZE=(32, 32), SIZE_DIVISIBILITY=32)
     side = 64 if name.endswith("lsj") else 32
     instances = sample["instances"]
-    assert sample["image"].shape == (3, side, side) and sample["image"].dtype == torch.uint8
-    assert sample["image"].is_contiguous() and instances.image_size == (side, side)
+    channels, *size = sample["image"].shape
+    assert channels == 3 and sample["image"].dtype == torch.uint8
+    # a detector pads the images itself
+    assert max(size) <= side if name == "coco_detection_lsj" else size == [side, side]
+    assert sample["image"].is_contiguous() and instances.image_size == tuple(size)
     assert instances.gt_masks.dtype == torch.bool and instances.gt_classes.dtype == torch.int64
-    assert instances.gt_masks.shape == (len(instances.gt_classes), side, side)
+    assert instances.gt_masks.shape == (len(instances.gt_classes), *size)
     if "semantic" not in name:  # segments and objects exclude the crowd
         assert 1 not in instances.gt_classes
     assert (sample["height"], sample["width"], sample["image_id"]) == (HEIGHT, WIDTH, 4)

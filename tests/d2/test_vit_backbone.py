@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from vit_tiny import YAML  # noqa: E402
 
 from jepa_plugins.d2 import get_config, lazy  # noqa: E402
 from jepa_plugins.d2.registration import build_model  # noqa: E402
-from jepa_plugins.d2.solver import build_optimizer, group_parameters, layer_decay_rate  # noqa: E402
+from jepa_plugins.d2.solver import build_optimizer, group_parameters, layer_decay_rate, vit_depth  # noqa: E402
 from jepa_plugins.d2.vit import JEPASimpleFeaturePyramid, JEPAViT  # noqa: E402
 
 META, ARRAYS = load("vitdet_pyramid")
@@ -124,6 +125,23 @@ def test_backbones_that_cannot_be(changes, sentence) -> None:
         tiny_rcnn(changes)
 
 
+def test_published_lazy_arguments_are_understood() -> None:
+    net = JEPAViT(
+        img_size=64,
+        embed_dim=12,
+        depth=1,
+        num_heads=1,
+        norm_layer=partial(nn.LayerNorm, eps=1e-3),
+        residual_block_indexes=[],
+        pretrain_img_size=32,
+    )
+    assert net.blocks[0].norm1.eps == net.blocks[0].norm2.eps == 1e-3
+    with pytest.raises(
+        ValueError, match=r"residual_block_indexes names \[1\], but this ViT has no convolutional"
+    ):
+        JEPAViT(residual_block_indexes=[1])
+
+
 # --- the optimiser
 
 
@@ -143,6 +161,11 @@ def test_rates_by_layer() -> None:
     }
     want = [0.7**13, 0.7**13, 0.7**12, 0.7, 1.0, 1.0, 1.0]
     assert list(rate.values()) == pytest.approx(want)
+
+
+def test_blocks_of_other_backbones_are_not_a_vits() -> None:
+    assert vit_depth(["backbone.layers.0.blocks.1.norm1.weight", "sem_seg_head.blocks.3.weight"]) == 0
+    assert vit_depth(["backbone.net.blocks.0.norm1.weight", "backbone.net.blocks.2.norm1.weight"]) == 3
 
 
 def test_groups_of_the_detector() -> None:

@@ -1,7 +1,7 @@
 # UPerNet on CamVid (480 x 360, 11 classes, 255 unlabelled) in ADE20K's folders: images/SPLIT, annotations/SPLIT.
 _base_ = "./upernet.py"
 
-crop_size = (160, 160)
+crop_size = (128, 128)
 data_root = "datasets/camvid"
 metainfo = dict(
     classes=(

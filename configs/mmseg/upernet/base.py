@@ -40,7 +40,7 @@ model = dict(
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
-    test_cfg=dict(mode="slide", crop_size=crop_size, stride=(341, 341)),
+    test_cfg=dict(mode="slide", crop_size=crop_size, stride=(256, 256)),
 )
 
 data_root = "data/ade/ADEChallengeData2016"

@@ -87,7 +87,7 @@ def check_num_classes(cfg: CfgNode, name: str) -> None:
     """
     ensure_registered(name)
     check_files(name)
-    head = "ROI_HEADS" if cfg.MODEL.META_ARCHITECTURE == "JEPAMaskRCNN" else "SEM_SEG_HEAD"
+    head = "ROI_HEADS" if cfg.MODEL.get("META_ARCHITECTURE") == "JEPAMaskRCNN" else "SEM_SEG_HEAD"
     configured, present = cfg.MODEL[head].NUM_CLASSES, num_classes(name)
     if configured != present:
         raise ValueError(
