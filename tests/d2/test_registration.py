@@ -51,7 +51,7 @@ def test_alone_ours_have_the_published_names() -> None:
         from jepa_plugins.d2.mask2former import TRANSFORMER_DECODER_REGISTRY
         print([n for n, _ in TRANSFORMER_DECODER_REGISTRY])
     """)
-    assert "['MaskFormer', 'MaskJEPA']" in printed
+    assert "['JEPAMaskRCNN', 'MaskFormer', 'MaskJEPA']" in printed
     assert "['MSDeformAttnPixelDecoder', 'MaskFormerHead']" in printed
     assert "['MultiScaleMaskedTransformerDecoder']" in printed
     assert "is installed" not in printed
