@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Mask-JEPA end to end on generated data: pre-train without labels, fine-tune, evaluate, compare.
+"""Both methods end to end on generated data: pre-train without labels, fine-tune, evaluate, compare.
 
-Two arms fine-tune the same Mask2Former with the same steps, data and seed: one from its initial weights, one
-from Mask-JEPA. Every stage is a command of this project, printed before it runs, so that it can be typed by
-hand.
+Two arms fine-tune the same model with the same steps, data and seed: one from its initial weights, one from the
+pre-training. Mask-JEPA meets Mask2Former in detectron2, DMT-JEPA a plain ViT in mmsegmentation's UPerNet. Every
+stage is a command of this project, printed before it runs, so that it can be typed by hand.
 
     python tools/demo.py                  # minutes on two CPU cores
     python tools/demo.py --size smoke     # the plumbing alone, in under two minutes; its numbers mean nothing
@@ -36,11 +36,15 @@ class Size:
     unlabelled: int
     pretrain_steps: int
     finetune_steps: int
+    vit_pretrain_steps: int
+    vit_finetune_steps: int
 
 
 SIZES = {
-    "smoke": Size(train=16, val=8, unlabelled=16, pretrain_steps=3, finetune_steps=3),
-    "full": Size(train=300, val=100, unlabelled=2000, pretrain_steps=400, finetune_steps=300),
+    "smoke": Size(16, 8, 16, pretrain_steps=3, finetune_steps=3, vit_pretrain_steps=3, vit_finetune_steps=3),
+    "full": Size(
+        300, 100, 2000, pretrain_steps=400, finetune_steps=300, vit_pretrain_steps=300, vit_finetune_steps=200
+    ),
 }
 
 
@@ -80,6 +84,7 @@ class Stages:
             file.seek(max(log.stat().st_size - 4000, 0))
             lines = file.read().decode(errors="replace").splitlines()
         steps = [line.split("iter:")[1].split()[0] for line in lines if " iter: " in line]
+        steps += [line.split("[")[1].split("/")[0].strip() for line in lines if "Iter(train) [" in line]
         done = f"step {steps[-1]}, " if steps else ""
         print(f"\r    {done}{seconds:.0f} s ", end="", flush=True)
 
@@ -111,13 +116,16 @@ def informative(without: dict[str, float]) -> str:
     return ""
 
 
-def run(size: Size, out: Path) -> dict:
-    """All stages; returns what demo.json holds."""
-    stages = Stages(out)
-    # Data of other counts are other data: one folder for each size.
-    data = out / f"data_{size.train}_{size.val}_{size.unlabelled}"
-    counts = ("--train", size.train, "--val", size.val, "--unlabelled", size.unlabelled)
-    stages.run("data", "prepare_data.py", "synthetic", "--out", str(data), "--size", "128", *map(str, counts))
+def final_miou(folder: Path) -> float:
+    """The last evaluation among the logs of mmengine's newest run in a folder."""
+    newest = max(folder.glob("*/vis_data/scalars.json"), key=lambda path: path.stat().st_mtime)
+    lines = map(json.loads, newest.read_text().splitlines())
+    return [line["mIoU"] for line in lines if "mIoU" in line][-1]
+
+
+def mask_jepa_part(stages: Stages, size: Size, data: Path) -> dict:
+    """Mask-JEPA and Mask2Former: metrics of both arms and the pictures."""
+    out = stages.out
     backbone = out / "efficientnet_lite0.safetensors"
     stages.run("backbone", "convert_backbone.py", "efficientnet-lite0", str(backbone))
 
@@ -132,10 +140,8 @@ def run(size: Size, out: Path) -> dict:
         return folder
 
     unlabelled = (
-        "DATASETS.UNLABELLED",
-        f"('{data}/unlabelled',)",
-        "DATASETS.UNLABELLED_TEST",
-        f"('{data}/val2017',)",
+        *("DATASETS.UNLABELLED", f"('{data}/unlabelled',)"),
+        *("DATASETS.UNLABELLED_TEST", f"('{data}/val2017',)"),
     )
     pretrained = train("pretrain", "mask_jepa.yaml", size.pretrain_steps, *unlabelled)
     exported = out / "mask_jepa.pth"
@@ -160,12 +166,48 @@ def run(size: Size, out: Path) -> dict:
         *("--weights", str(pretrained / "model_final.pth"), "--images", f"{data}/val2017"),
         *("--out", pictures[1], *opts),
     )
-    return {
-        "without": final_metrics(without),
-        "with": final_metrics(tuned),
-        "pictures": pictures,
-        "seconds": {name: round(s, 1) for name, s in stages.seconds.items()},
-    }
+    return {"without": final_metrics(without), "with": final_metrics(tuned), "pictures": pictures}
+
+
+def dmt_jepa_part(stages: Stages, size: Size, data: Path) -> dict:
+    """DMT-JEPA and UPerNet: mIoU of both arms."""
+    out = stages.out
+
+    def train(name: str, config: str, *options: str) -> Path:
+        stages.run(
+            *(name, "train.py", f"mmseg/quick/{config}", "--work-dir", str(out / name)),
+            *("--cfg-options", *options),
+        )
+        return out / name
+
+    steps, tuning = size.vit_pretrain_steps, size.vit_finetune_steps
+    pretrained = train(
+        *("dmt_jepa", "dmt_jepa.py", f"train_dataloader.dataset.source={data}/unlabelled"),
+        *(f"train_cfg.steps={steps}", f"param_scheduler.0.warmup_steps={max(steps // 10, 1)}"),
+        f"default_hooks.checkpoint.interval={steps}",
+    )
+    checkpoint = pretrained / f"iter_{steps}.pth"
+    warmup = max(tuning // 10, 1)
+    common = (
+        *(f"{kind}_dataloader.dataset.data_root={data}" for kind in ("train", "val", "test")),
+        *(f"train_cfg.max_iters={tuning}", f"train_cfg.val_interval={tuning}"),
+        *(f"param_scheduler.0.end={warmup}", f"param_scheduler.1.begin={warmup}"),
+        *(f"param_scheduler.1.end={tuning}", f"default_hooks.checkpoint.interval={tuning}"),
+    )
+    scratch = train("upernet_scratch", "upernet_scratch.py", *common)
+    tuned = train("upernet", "upernet.py", *common, f"model.backbone.init_cfg.checkpoint={checkpoint}")
+    return {"scratch": final_miou(scratch), "dmt_jepa": final_miou(tuned)}
+
+
+def run(size: Size, out: Path) -> dict:
+    """All stages; returns what demo.json holds."""
+    stages = Stages(out)
+    # Data of other counts are other data: one folder for each size.
+    data = out / f"data_{size.train}_{size.val}_{size.unlabelled}"
+    counts = ("--train", size.train, "--val", size.val, "--unlabelled", size.unlabelled)
+    stages.run("data", "prepare_data.py", "synthetic", "--out", str(data), "--size", "128", *map(str, counts))
+    result = {**mask_jepa_part(stages, size, data), **dmt_jepa_part(stages, size, data)}
+    return {**result, "seconds": {name: round(s, 1) for name, s in stages.seconds.items()}}
 
 
 def main() -> None:
@@ -188,6 +230,10 @@ def main() -> None:
         f"{SIZES[args.size].finetune_steps} steps, one seed (%):"
     )
     print(table(result["without"], result["with"]))
+    print(
+        f"\nUPerNet on a tiny ViT, {SIZES[args.size].vit_finetune_steps} steps, mIoU (%): from scratch "
+        f"{result['scratch']:.2f}, from DMT-JEPA {result['dmt_jepa']:.2f}"
+    )
     print("\nPictures:\n" + "\n".join(f"  {path}" for path in result["pictures"]))
     print(f"Numbers: {out / 'demo.json'}; {sum(result['seconds'].values()):.0f} s in all.")
     if args.size == "smoke":

@@ -43,8 +43,19 @@ def test_final_metrics_are_the_last_ones(tmp_path):
     assert demo.final_metrics(tmp_path) == {"PQ": 2.0, "AP": 3.0, "mIoU": 4.0}
 
 
+def test_final_miou_is_the_newest_runs_last(tmp_path):
+    for number, values in enumerate(([5.0], [1.0, 2.5])):
+        file = tmp_path / f"2026010{number}" / "vis_data" / "scalars.json"
+        file.parent.mkdir(parents=True)
+        lines = [{"loss": 1.0, "step": 1}, *({"mIoU": value, "step": 2} for value in values)]
+        file.write_text("\n".join(map(json.dumps, lines)) + "\n")
+        os.utime(file, (number, number))
+    assert demo.final_miou(tmp_path) == 2.5
+
+
 def run_main(monkeypatch, tmp_path, size, without):
     outcome = {"without": without, "with": results(20, 45), "pictures": ["a.png"], "seconds": {"data": 1.0}}
+    outcome.update(scratch=20.0, dmt_jepa=21.5)
     monkeypatch.setattr(demo, "run", lambda *_: outcome)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--size", size, "--out", str(tmp_path)])
     demo.main()
@@ -60,6 +71,7 @@ def test_an_informative_demo_ends_well_and_prints_everything(monkeypatch, tmp_pa
     run_main(monkeypatch, tmp_path, "full", results(20, 40))
     shown = capsys.readouterr().out
     assert "a.png" in shown and "with Mask-JEPA" in shown and "+5.00" in shown
+    assert "from scratch 20.00, from DMT-JEPA 21.50" in shown
     assert json.loads((tmp_path / "full" / "demo.json").read_text())["informative"] is True
 
 
