@@ -170,7 +170,7 @@ def mask_jepa_part(stages: Stages, size: Size, data: Path) -> dict:
 
 
 def dmt_jepa_part(stages: Stages, size: Size, data: Path) -> dict:
-    """DMT-JEPA and UPerNet: mIoU of both arms."""
+    """DMT-JEPA and UPerNet: mIoU of both arms and the pictures."""
     out = stages.out
 
     def train(name: str, config: str, *options: str) -> Path:
@@ -196,7 +196,12 @@ def dmt_jepa_part(stages: Stages, size: Size, data: Path) -> dict:
     )
     scratch = train("upernet_scratch", "upernet_scratch.py", *common)
     tuned = train("upernet", "upernet.py", *common, f"model.backbone.init_cfg.checkpoint={checkpoint}")
-    return {"scratch": final_miou(scratch), "dmt_jepa": final_miou(tuned)}
+    pictures = [str(out / "attention.png"), str(out / "similarity.png")]
+    stages.run(
+        *("vit_figures", "vit_figures.py", "mmseg/quick/dmt_jepa.py", "--weights", str(checkpoint)),
+        *("--images", f"{data}/val2017", "--out", *pictures),
+    )
+    return {"scratch": final_miou(scratch), "dmt_jepa": final_miou(tuned), "vit_pictures": pictures}
 
 
 def run(size: Size, out: Path) -> dict:
@@ -234,7 +239,7 @@ def main() -> None:
         f"\nUPerNet on a tiny ViT, {SIZES[args.size].vit_finetune_steps} steps, mIoU (%): from scratch "
         f"{result['scratch']:.2f}, from DMT-JEPA {result['dmt_jepa']:.2f}"
     )
-    print("\nPictures:\n" + "\n".join(f"  {path}" for path in result["pictures"]))
+    print("\nPictures:\n" + "\n".join(f"  {path}" for path in result["pictures"] + result["vit_pictures"]))
     print(f"Numbers: {out / 'demo.json'}; {sum(result['seconds'].values()):.0f} s in all.")
     if args.size == "smoke":
         print("This was the smallest size: it shows that every stage runs, and its numbers mean nothing.")

@@ -55,7 +55,7 @@ def test_final_miou_is_the_newest_runs_last(tmp_path):
 
 def run_main(monkeypatch, tmp_path, size, without):
     outcome = {"without": without, "with": results(20, 45), "pictures": ["a.png"], "seconds": {"data": 1.0}}
-    outcome.update(scratch=20.0, dmt_jepa=21.5)
+    outcome.update(scratch=20.0, dmt_jepa=21.5, vit_pictures=["b.png"])
     monkeypatch.setattr(demo, "run", lambda *_: outcome)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--size", size, "--out", str(tmp_path)])
     demo.main()
@@ -70,7 +70,7 @@ def test_an_uninformative_demo_fails(monkeypatch, tmp_path):
 def test_an_informative_demo_ends_well_and_prints_everything(monkeypatch, tmp_path, capsys):
     run_main(monkeypatch, tmp_path, "full", results(20, 40))
     shown = capsys.readouterr().out
-    assert "a.png" in shown and "with Mask-JEPA" in shown and "+5.00" in shown
+    assert "a.png" in shown and "b.png" in shown and "with Mask-JEPA" in shown and "+5.00" in shown
     assert "from scratch 20.00, from DMT-JEPA 21.50" in shown
     assert json.loads((tmp_path / "full" / "demo.json").read_text())["informative"] is True
 
@@ -95,4 +95,4 @@ def test_the_whole_demo_is_informative(tmp_path):
     assert subprocess.run(command).returncode == 0
     result = json.loads((tmp_path / "full" / "demo.json").read_text())
     assert result["informative"] and 15 <= result["without"]["mIoU"] <= 70 and result["without"]["PQ"] > 5
-    assert all(Path(picture).is_file() for picture in result["pictures"])
+    assert all(Path(picture).is_file() for picture in result["pictures"] + result["vit_pictures"])
