@@ -1,0 +1,484 @@
+"""What to run for a row: the exact commands in their order, for this machine or for nodes with GPUs."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jepa_plugins.config_files import config_root
+from jepa_plugins.reproduction.manifest import (
+    Experiment,
+    Family,
+    Manifest,
+    ManifestError,
+    Pretraining,
+    Row,
+    Run,
+)
+
+LAUNCHERS = ("plain", "torchrun", "slurm")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the commands run.
+
+    Attributes:
+        nodes: machines; gpus: on each, 0 for one process on the CPU.
+        launcher: plain (one process), torchrun, or slurm (srun, inside an allocation).
+        images_per_gpu: the most images that one process holds at once; None leaves it to the family.
+
+    Raises:
+        ManifestError: numbers that make no machine.
+    """
+
+    nodes: int = 1
+    gpus: int = 0
+    launcher: str = "plain"
+    images_per_gpu: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.gpus < 0:
+            raise ManifestError(
+                f"{self.nodes} nodes with {self.gpus} GPUs each are no machine: give 1 or more nodes"
+            )
+        if self.launcher not in LAUNCHERS:
+            raise ManifestError(f"the launcher {self.launcher!r} is unknown: give {', '.join(LAUNCHERS)}")
+        if self.launcher == "plain" and self.processes > 1:
+            raise ManifestError(f"{self.processes} processes need --launcher torchrun or slurm")
+
+    @property
+    def processes(self) -> int:
+        """How many train together."""
+        return self.nodes * max(self.gpus, 1)
+
+    def prefix(self) -> list[str]:
+        """What stands before the tool."""
+        if self.launcher == "plain":
+            return ["python"]
+        count = max(self.gpus, 1)
+        if self.launcher == "slurm":
+            gpus = [f"--gpus-per-node={self.gpus}"] if self.gpus else []
+            return ["srun", f"--nodes={self.nodes}", f"--ntasks-per-node={count}", *gpus, "python"]
+        if self.nodes == 1:
+            return ["torchrun", "--standalone", f"--nproc-per-node={count}"]
+        endpoint = "--rdzv-endpoint=$MASTER_ADDR:29500"
+        return [
+            "torchrun",
+            f"--nnodes={self.nodes}",
+            f"--nproc-per-node={count}",
+            "--rdzv-backend=c10d",
+            endpoint,
+        ]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The last checkpoint of a run, known when it has run.
+
+    Attributes:
+        folder: of the run; toolkit: detectron2 or mmengine.
+    """
+
+    folder: Path
+    toolkit: str
+
+    def shell(self) -> str:
+        """For a person's shell."""
+        if self.toolkit == "detectron2":
+            return shlex.quote(str(self.folder / "model_final.pth"))
+        return f'"$(cat {shlex.quote(str(self.folder / "last_checkpoint"))})"'
+
+    def resolve(self) -> str:
+        """The file.
+
+        Raises:
+            FileNotFoundError: the run has not finished.
+        """
+        if self.toolkit == "detectron2":
+            path = self.folder / "model_final.pth"
+        else:
+            pointer = self.folder / "last_checkpoint"
+            path = Path(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else pointer
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there: the run in {self.folder} has not finished")
+        return str(path)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument with a checkpoint in it: what stands before it, and the checkpoint."""
+
+    before: str
+    checkpoint: Checkpoint
+
+    def shell(self) -> str:
+        """For a person's shell."""
+        return (shlex.quote(self.before) if self.before else "") + self.checkpoint.shell()
+
+    def resolve(self) -> str:
+        """The text of the argument."""
+        return self.before + self.checkpoint.resolve()
+
+
+Part = str | Argument
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        name: unique, such as pretrain/mask_jepa_R50/seed_0; kind: data, pretrain, export, experiment.
+        folder: of everything that it writes.
+        command: prefix, tool and arguments; environment: variables that it needs.
+        run: what it trains or evaluates, None for data and exports; seed: of the run.
+        overrides: of the run's configuration; needs: stages before it; config: the file.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    command: tuple[Part, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    run: Run | None = None
+    seed: int = 0
+    config: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+
+    def shell(self) -> str:
+        """The command for a person's shell."""
+        parts = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
+        for part in self.command:
+            known = part.startswith("--rdzv-endpoint=$") if isinstance(part, str) else False
+            parts.append(part.shell() if isinstance(part, Argument) else part if known else shlex.quote(part))
+        return " ".join(parts)
+
+    def resolved(self) -> list[str]:
+        """The command for a process; FileNotFoundError when a stage before it has not finished."""
+        return [part.resolve() if isinstance(part, Argument) else part for part in self.command]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How rows are run.
+
+    Attributes:
+        scale: smoke, quick or full; out: folder of everything; data: root of all data sets.
+        machine: see there; seeds: of the experiments.
+        pretraining_seeds: give each seed a pre-training of its own, instead of sharing that of seed 0.
+    """
+
+    out: Path
+    data: Path
+    scale: str = "full"
+    machine: Machine = Machine()
+    seeds: tuple[int, ...] = (0,)
+    pretraining_seeds: bool = False
+
+
+class Planner:
+    """Turns rows into stages.
+
+    Args:
+        manifest: see `load_manifest`; choice: how to run.
+    """
+
+    def __init__(self, manifest: Manifest, choice: Choice) -> None:
+        self.manifest, self.choice = manifest, choice
+        self.base = choice.out / choice.scale
+        self.scale_data = manifest.scale_data.get(choice.scale, {})
+        self.data = choice.data if choice.scale == "full" else self.base / "data"
+        self.stages: dict[str, Stage] = {}
+
+    def plan(self, rows: Iterable[Row]) -> list[Stage]:
+        """Every stage that rows need, each once, in order.
+
+        Raises:
+            ManifestError: a row that waits for a part of the project or has nothing to run, or no version at
+                this scale.
+        """
+        for row in rows:
+            runnable = self.runs_of(row)
+            for run in runnable:
+                for seed in self.choice.seeds if isinstance(run, Experiment) else self._own_seeds():
+                    if isinstance(run, Experiment):
+                        self._experiment(run, seed)
+                    else:
+                        self._pretraining(run, seed)
+        return list(self.stages.values())
+
+    def runs_of(self, row: Row) -> list[Run]:
+        """What can be run of a row; ManifestError says why there is nothing."""
+        if row.kind != "run":
+            raise ManifestError(
+                f"row {row.number} is a {row.kind}: there is nothing to run; see 'show {row.number}'"
+            )
+        rows = self.scale_data.get("rows")
+        if rows is not None and row.number not in rows:
+            known = ", ".join(map(str, rows))
+            raise ManifestError(
+                f"row {row.number} has no {self.choice.scale} version; rows that have one: {known}"
+            )
+        runs: list[Run] = [self.manifest.experiments[name] for name in row.experiments]
+        runs = [self.manifest.pretrainings[name] for name in row.pretrainings] + runs
+        ready = [run for run in runs if not self.waits(run)]
+        if not ready:
+            waits = row.waits_for or ", ".join(sorted({self.waits(run) for run in runs}))
+            raise ManifestError(f"row {row.number} waits for what this project does not have yet: {waits}")
+        return ready
+
+    def waits(self, run: Run) -> str:
+        """What a run, or its pre-training, waits for; empty when it can run."""
+        if run.waits_for:
+            return run.waits_for
+        if isinstance(run, Experiment) and run.pretraining:
+            return self.manifest.pretrainings[run.pretraining].waits_for
+        return ""
+
+    def _own_seeds(self) -> tuple[int, ...]:
+        return self.choice.seeds if self.choice.pretraining_seeds else (0,)
+
+    # --- stages
+
+    def _add(self, stage: Stage) -> Stage:
+        return self.stages.setdefault(stage.name, stage)
+
+    def _data(self) -> tuple[str, ...]:
+        """The small scales generate their data."""
+        names = []
+        for name, command in (self.scale_data.get("commands") or {}).items():
+            words = [self._fill(word) for word in shlex.split(command)]
+            stage = Stage(f"data/{name}", "data", self.base / "logs" / "data" / name, ("python", *words))
+            names.append(self._add(stage).name)
+        return tuple(names)
+
+    def _pretraining(self, run: Pretraining, seed: int) -> Stage:
+        folder = self.base / "pretrain" / run.name / f"seed_{seed}"
+        return self._add(self._training(run, seed, folder, "pretrain", {}, self._data()))
+
+    def _experiment(self, run: Experiment, seed: int) -> Stage:
+        family, weights, needs = self.family(run), {}, self._data()
+        if run.pretraining:
+            pretraining = self.manifest.pretrainings[run.pretraining]
+            first = self._pretraining(pretraining, seed if self.choice.pretraining_seeds else 0)
+            file: Part = Argument("", Checkpoint(first.folder, pretraining.toolkit))
+            needs = (*needs, first.name)
+            if family.export:
+                exported = self._export(first, family, run)
+                file, needs = str(exported.folder / "export.pth"), (*needs, exported.name)
+            weights = {family.weights_key: file}
+        elif run.weights and self.choice.scale == "full":
+            weights = {family.weights_key: self.manifest.weights[run.weights].file}
+        folder = self.base / "experiments" / run.name / f"seed_{seed}"
+        return self._add(self._training(run, seed, folder, "experiment", weights, needs))
+
+    def _export(self, first: Stage, family: Family, run: Experiment) -> Stage:
+        tag = "_".join(("export", *(option.strip("-") for option in run.export_options)))
+        folder = first.folder / tag
+        assert first.run is not None
+        found = {"{checkpoint}": Argument("", Checkpoint(first.folder, first.run.toolkit))}
+        words = [found.get(word, word.replace("{out}", str(folder / "export.pth"))) for word in family.export]
+        command = ("python", *words, *run.export_options)
+        name = f"{first.name.replace('pretrain/', 'export/', 1)}/{tag}"
+        return self._add(Stage(name, "export", folder, command, needs=(first.name,)))
+
+    def _training(
+        self,
+        run: Run,
+        seed: int,
+        folder: Path,
+        kind: str,
+        weights: Mapping[str, Part],
+        needs: tuple[str, ...],
+    ) -> Stage:
+        family = self.family(run)
+        config, overrides = self.configured(run, family)
+        overrides = {**overrides, **weights, family.seed_key: seed}
+        tool = Tool(family.launcher, config, folder, overrides, finished=run.finished)
+        return Stage(
+            name=f"{kind}/{run.name}/seed_{seed}",
+            kind=kind,
+            folder=folder,
+            command=(*self.choice.machine.prefix(), *tool.arguments()),
+            environment={"DETECTRON2_DATASETS": str(self.data)} if run.toolkit == "detectron2" else {},
+            run=run,
+            seed=seed,
+            config=config,
+            overrides={k: v for k, v in overrides.items() if k not in weights},
+            needs=needs,
+        )
+
+    def family(self, run: Run) -> Family:
+        """Of a run's configuration."""
+        return self.manifest.family(run.config)
+
+    def configured(self, run: Run, family: Family) -> tuple[str, dict[str, Any]]:
+        """The configuration of a run at this scale, and the overrides of its keys."""
+        scale = self.choice.scale
+        if scale == "quick":
+            if not family.quick_config:
+                raise ManifestError(f"{run.name} has no quick version: run it at --scale smoke or full")
+            return family.quick_config, self._filled(family.quick)
+        overrides = {**self._filled(family.data_keys), **run.overrides}
+        if scale == "smoke":
+            return run.config, {**overrides, **self._filled(family.smoke)}
+        return run.config, {**overrides, **self._batch(run, family)}
+
+    def _batch(self, run: Run, family: Family) -> dict[str, Any]:
+        """Overrides that spread the recipe's batch over the processes."""
+        if run.batch is None or not family.batch_keys:
+            return {}
+        machine = self.choice.machine
+        share, rest = divmod(run.batch, machine.processes)
+        if rest or not share:
+            raise ManifestError(
+                f"{run.name}: the recipe's {run.batch} images do not divide among {machine.processes} processes"
+            )
+        most = machine.images_per_gpu or family.images_per_gpu or share
+        accumulation = next(n for n in range(max(math.ceil(share / most), 1), share + 1) if share % n == 0)
+        values = {"{local}": share // accumulation, "{accumulation}": accumulation, "{total}": run.batch}
+        return {key: values.get(str(value), value) for key, value in family.batch_keys.items()}
+
+    def _filled(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: self._fill(value) for key, value in values.items()}
+
+    def _fill(self, value: Any) -> Any:
+        return value.replace("{data}", str(self.data)) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Arguments of a launcher, in its own style.
+
+    Attributes:
+        name: train_net, lazyconfig_train_net or train; config, folder: of the run; overrides: by key.
+        finished: evaluate only.
+    """
+
+    name: str
+    config: str
+    folder: Path
+    overrides: Mapping[str, Any]
+    finished: bool = False
+
+    def arguments(self) -> tuple[Part, ...]:
+        """Tool and arguments; training resumes what it finds."""
+        if self.name == "train":
+            if self.finished:
+                raise ManifestError(
+                    f"{self.config}: finished weights are evaluated in detectron2 only so far"
+                )
+            start: list[Part] = ["tools/train.py", self.config, "--work-dir", str(self.folder), "--resume"]
+            pairs = [joined(f"{key}=", value) for key, value in self.overrides.items()]
+            return (*start, *(["--cfg-options", *pairs] if pairs else []))
+        mode = "--eval-only" if self.finished else "--resume"
+        start = [f"tools/{self.name}.py", "--config-file", self.config, mode]
+        if self.name == "lazyconfig_train_net":
+            values = {"train.output_dir": str(self.folder), **self.overrides}
+            return (*start, *(joined(f"{key}=", value) for key, value in values.items()))
+        values = {"OUTPUT_DIR": str(self.folder), **self.overrides}
+        return (*start, *(part for key, value in values.items() for part in (key, joined("", value))))
+
+
+def joined(before: str, value: Any) -> Part:
+    """An override's text with what stands before it."""
+    if isinstance(value, Argument):
+        return Argument(before + value.before, value.checkpoint)
+    if isinstance(value, (list, tuple)):
+        return before + "[" + ",".join(map(repr, value)).replace("'", '"') + "]"
+    return f"{before}{value}"
+
+
+# --- what a configuration is made of
+
+
+def config_chain(name: str) -> list[Path]:
+    """A configuration and the files that it is based on, itself first.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+    """
+    found: list[Path] = []
+    waiting = [config_root() / name]
+    while waiting:
+        path = Path(os.path.normpath(waiting.pop(0)))
+        if path in found:
+            continue
+        if not path.is_file():
+            raise FileNotFoundError(f"the configuration {path} is not there")
+        found.append(path)
+        waiting += [path.parent / base for base in _bases(path)]
+    return found
+
+
+def _bases(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        match = re.search(r"^_base_\s*=\s*(\[.*?\]|\(.*?\)|[\"'].*?[\"'])", text, re.MULTILINE | re.DOTALL)
+        value = ast.literal_eval(match.group(1)) if match else []
+    else:
+        value = (yaml.safe_load(text) or {}).get("_BASE_", [])
+    return [value] if isinstance(value, str) else list(value)
+
+
+def config_hash(name: str) -> str:
+    """SHA-256 over a configuration and its bases, the first 16 digits."""
+    digest = hashlib.sha256()
+    for path in config_chain(name):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# --- what is there
+
+
+@dataclass(frozen=True)
+class Need:
+    """A data set or a weight file that full-size runs read.
+
+    Attributes:
+        name: in the manifest; what: data or weights; there: whether it was found; how: what to do for it.
+    """
+
+    name: str
+    what: str
+    there: bool
+    how: str
+
+
+def needs_of(manifest: Manifest, rows: Iterable[Row], data_root: Path) -> list[Need]:
+    """What full-size runs of rows read, and whether it is there."""
+    chosen = list(rows)
+    runs: Sequence[Run] = [*manifest.pretrainings_of(chosen), *manifest.experiments_of(chosen)]
+    needs = []
+    for name in dict.fromkeys(key for run in runs for key in run.data):
+        entry = manifest.data[name]
+        there = all((data_root / path).exists() for path in entry.get("needs", ()))
+        needs.append(Need(name, "data", there, str(entry.get("how", ""))))
+    for name in dict.fromkeys(run.weights for run in runs if run.weights):
+        weights = manifest.weights[name]
+        needs.append(Need(name, "weights", Path(weights.file).expanduser().is_file(), weights.how))
+    return needs
+
+
+def hours_of(manifest: Manifest, rows: Iterable[Row], seeds: int = 1) -> list[tuple[str, float | None, str]]:
+    """GPU-hours of the full-size runs of rows: name, hours (None when nobody has said), where that comes from."""
+    chosen = list(rows)
+    pretrainings: list[tuple[Run, int]] = [(run, 1) for run in manifest.pretrainings_of(chosen)]
+    runs = pretrainings + [(run, seeds) for run in manifest.experiments_of(chosen)]
+    return [
+        (run.name, None if run.gpu_hours is None else run.gpu_hours * times, run.hours_source)
+        for run, times in runs
+    ]

@@ -1,0 +1,309 @@
+"""Reports: the papers' tables beside ours as Markdown and as one HTML page, and rows for a terminal."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jepa_plugins.reproduction.manifest import PAPERS, Manifest, Row
+from jepa_plugins.reproduction.plots import Bar, figure_1_bars
+from jepa_plugins.reproduction.report_html import cost_columns, cost_lines, cost_text, html
+from jepa_plugins.reproduction.report_rows import (
+    COST_ROWS,
+    NO_RESULT,
+    TITLES,
+    Entry,
+    RowReport,
+    Section,
+    commits_of,
+    facts_of,
+    ours_text,
+    paper_text,
+    report_rows,
+    results_of,
+    sections,
+    signed,
+)
+from jepa_plugins.reproduction.report_text import list_table, print_list, show_text
+from jepa_plugins.reproduction.results import Result
+
+__all__ = [
+    "Report",
+    "build_report",
+    "html",
+    "list_table",
+    "markdown",
+    "print_list",
+    "report_rows",
+    "show_text",
+    "write",
+]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What both renderings show.
+
+    Attributes:
+        scale: of the results; rows: see `report_rows`; bars: of Mask-JEPA's figure 1, empty without its rows.
+    """
+
+    scale: str
+    rows: Sequence[RowReport]
+    bars: Sequence[Bar]
+
+    @property
+    def scale_text(self) -> str:
+        """What numbers of this scale are worth."""
+        return TITLES[self.scale]
+
+    @property
+    def title(self) -> str:
+        """Of the page: says the scale."""
+        return f"The papers' results and ours ({self.scale_text})"
+
+    @property
+    def warning(self) -> str:
+        """For scales whose numbers cannot be compared; empty for the full one."""
+        if self.scale == "full":
+            return ""
+        name, text = self.scale_text.split(": ", 1)
+        return f"Scale {name}: {text}. Differences to the papers and gains on this page say nothing about either method."
+
+    @cached_property
+    def results(self) -> list[Result]:
+        """Everything that the report rests on."""
+        return results_of(self.rows)
+
+    @property
+    def facts(self) -> list[str]:
+        """Of the whole report, a sentence each."""
+        runs = [group for row in self.rows for group in row.groups if not group.quoted]
+        names = {group.name for group in runs}
+        done = {r.name for r in self.results if r.kind == "experiment"}
+        states = Counter(row.state for row in self.rows)
+        commits = ", ".join(f"{commit} ({count})" for commit, count in commits_of(self.results).items())
+        return [
+            f"{len(self.rows)} rows: "
+            + (", ".join(f"{n} {state}" for state, n in states.most_common()) or "none"),
+            f"{len(names & done)} of {len(names)} experiments have a result",
+            f"Commits of the results: {commits or NO_RESULT}",
+            "Ours is the median over seeds, with the lowest and the highest; a gain is over the baseline named with "
+            "the experiment",
+            "Origin: TRAIN, trained by the papers' authors; LOAD, public weights, then trained; ZOO, a public model "
+            "as it is; QUOTE, a number of another paper",
+        ]
+
+
+def build_report(
+    manifest: Manifest,
+    results: Iterable[Result],
+    scale: str,
+    states: Mapping[int, str],
+    rows: Iterable[Row] | None = None,
+    costs: Iterable[Any] = (),
+) -> Report:
+    """Everything for `markdown` and `html`; arguments as of `report_rows`."""
+    chosen = None if rows is None else list(rows)
+    found = list(results)
+    shown = report_rows(manifest, found, scale, states, chosen, costs)
+    wanted = {row.row.number for row in shown} & set(range(18, 24))
+    return Report(scale, shown, figure_1_bars(manifest, found, scale) if wanted else [])
+
+
+def write(
+    manifest: Manifest,
+    results: Iterable[Result],
+    scale: str,
+    states: Mapping[int, str],
+    rows: Iterable[Row] | None,
+    costs: Iterable[Any],
+    folder: str | Path,
+) -> list[Path]:
+    """Write report.md and report.html into a folder; arguments as of `report_rows`."""
+    report = build_report(manifest, results, scale, states, rows, costs)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        _write(folder / "report.md", markdown(report)),
+        _write(folder / "report.html", html(report)),
+    ]
+
+
+def _write(path: Path, text: str) -> Path:
+    """Write a file whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+# --- Markdown
+
+
+def markdown(report: Report) -> str:
+    """The papers' tables with ours, the papers' contradictions, costs, all rows, and every result's protocol."""
+    parts = [f"# {_cell(report.title)}"]
+    if report.warning:
+        parts.append(f"**{_cell(report.warning)}**")
+    parts.append("\n".join(f"- {_cell(fact)}" for fact in report.facts))
+    parts += _figure_1(report)
+    paper = None
+    for section in sections(report.rows):
+        if section.paper != paper:
+            paper = section.paper
+            parts.append(f"## {PAPERS.get(paper, 'Other')}")
+        parts += _section(section, report)
+    parts += _costs(report)
+    parts += _overview(report)
+    parts += _appendix(report)
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that Markdown takes as text, on one line."""
+    text = " ".join(str(text).split()).replace("\\", "\\\\")
+    for letter, safe in (
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        (">", "&gt;"),
+        ("|", "\\|"),
+        ("*", "\\*"),
+        ("_", "\\_"),
+    ):
+        text = text.replace(letter, safe)
+    return text.replace("`", "\\`").replace("[", "\\[")
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]], right: Sequence[str] = ()) -> str:
+    lines = [head, ["--:" if name in right else "---" for name in head]]
+    lines += [[_cell(cell) for cell in row] for row in body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _section(section: Section, report: Report) -> list[str]:
+    scale = f" ({report.scale_text})" if report.warning else ""
+    head = (
+        "Row",
+        "Experiment",
+        "Metric",
+        "Paper",
+        "Ours",
+        "Difference",
+        "Gain, paper",
+        "Gain, ours",
+        "Origin",
+        "State",
+    )
+    body = [line for entry in section.entries for line in _entry(entry)]
+    notes = [f"- Row {_cell(rows)}: {_cell(note)}" for rows, note in section.notes]
+    return [
+        f"### {_cell(section.title + scale)}",
+        _table(head, body, ("Paper", "Ours", "Difference", "Gain, paper", "Gain, ours")),
+        *(["\n".join(notes)] if notes else []),
+    ]
+
+
+def _entry(entry: Entry) -> Iterable[Sequence[str]]:
+    group = entry.group
+    beside = (
+        f" (gains over {group.baseline})" if group.baseline else f" ({group.source})" if group.source else ""
+    )
+    if not group.lines:
+        yield (
+            entry.numbers,
+            group.title,
+            "none reported",
+            "-",
+            NO_RESULT,
+            "-",
+            "-",
+            "-",
+            entry.origin,
+            entry.state,
+        )
+    for index, line in enumerate(group.lines):
+        yield (
+            entry.numbers,
+            group.title + (beside if index == 0 else ""),
+            line.label,
+            paper_text(line),
+            ours_text(line, group),
+            signed(line.difference),
+            signed(line.paper_gain, digits=1),
+            signed(line.gain),
+            entry.origin,
+            entry.state,
+        )
+
+
+def _figure_1(report: Report) -> list[str]:
+    if not report.bars:
+        return []
+    body = [
+        (
+            bar.backbone,
+            bar.label,
+            "with" if bar.with_jepa else "without",
+            "not reported" if bar.paper is None else f"{bar.paper:.1f}",
+            NO_RESULT if bar.ours is None else f"{bar.ours.median:.2f}",
+        )
+        for bar in report.bars
+    ]
+    scale = f" ({report.scale_text})" if report.warning else ""
+    head = ("Backbone", "Metric", "Mask-JEPA", "Paper", "Ours")
+    return [f"## Figure 1 of Mask-JEPA{_cell(scale)}", _table(head, body, ("Paper", "Ours"))]
+
+
+def _costs(report: Report) -> list[str]:
+    parts: list[str] = []
+    for row in (row for row in report.rows if row.row.number in COST_ROWS):
+        parts.append(f"### Row {row.row.number}: {_cell(row.row.item)}")
+        parts += [_cell(text) for text in cost_lines(row)]
+        names = cost_columns(row)
+        body = [[cost_text(entry.get(name)) for name in names] for entry in row.costs]
+        head = [_cell(name.replace("_", " ")) for name in names]
+        parts.append(_table(head, body) if body else "Ours: no measurement yet.")
+        parts += [f"- {_cell(note)}" for note in row.notes]
+    return ["## Costs of pre-training", *parts] if parts else []
+
+
+def _overview(report: Report) -> list[str]:
+    body = [
+        (
+            str(row.row.number),
+            row.row.item + (f" (waits for {row.row.waits_for})" if row.row.waits_for else ""),
+            ", ".join(row.row.where) or "-",
+            row.row.kind,
+            ", ".join(row.row.origin) or "-",
+            row.state,
+            row.summary,
+            "; ".join((*row.row.tests, *row.row.commands)) or "-",
+        )
+        for row in report.rows
+    ]
+    head = ("Row", "Item", "Where", "Kind", "Origin", "State", "Result", "Shown by")
+    return ["## All rows", _table(head, body, ("Row",))]
+
+
+def _appendix(report: Report) -> list[str]:
+    parts = ["## Results and their protocols"]
+    if not report.results:
+        return [*parts, f"{NO_RESULT.capitalize()} at the scale {report.scale}."]
+    for result in report.results:
+        facts = "\n".join(f"- {name}: {_cell(value)}" for name, value in facts_of(result))
+        head = _cell(f"{result.name}, seed {result.seed} ({result.kind})")
+        parts.append(f"<details><summary>{head}</summary>\n\n{facts}\n\n</details>")
+    return parts

@@ -1,0 +1,347 @@
+"""A report as one HTML page: no file beside it, no request, readable without scripts, on paper and in the dark."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from jepa_plugins.reproduction import plots
+from jepa_plugins.reproduction.manifest import PAPERS
+from jepa_plugins.reproduction.report_rows import (
+    COST_ROWS,
+    NO_RESULT,
+    Entry,
+    Line,
+    RowReport,
+    Section,
+    facts_of,
+    ours_text,
+    paper_text,
+    plain,
+    sections,
+    signed,
+)
+from jepa_plugins.reproduction.results import Result
+
+if TYPE_CHECKING:
+    from jepa_plugins.reproduction.report import Report
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1e23; --paper: #ffffff; --soft: #5b6470; --line: #c9ced6;
+  --stripe: #f4f6f8; --base: #7d8794; --accent: #1461b8; --good: #1a6b35; --bad: #a3301f; --warn: #fff3cd; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --paper: #14171b; --soft: #a3acb8; --line: #3e4651;
+  --stripe: #1c2026; --base: #98a2af; --accent: #6db1ff; --good: #79cf93; --bad: #ff9b8a; --warn: #3d3414; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem clamp(.75rem, 3vw, 2.5rem) 4rem; max-width: 100rem; color: var(--ink);
+  background: var(--paper); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; } h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem; }
+h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; } p, ul { max-width: 48rem; } code { font-size: .88em;
+  overflow-wrap: anywhere; } a { color: var(--accent); }
+.scale { background: var(--warn); padding: .6rem .9rem; border-left: .3rem solid var(--bad); max-width: 48rem; }
+.wide { overflow-x: auto; margin: .5rem 0; border: 1px solid var(--line); border-radius: .3rem; }
+.wide:focus-visible, summary:focus-visible, a:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: .5rem .6rem; color: var(--soft); font-size: .85rem; }
+th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; }
+thead th { border-bottom: 2px solid var(--line); white-space: nowrap; }
+tbody { border-bottom: 1px solid var(--line); } tbody th { font-weight: 600; min-width: 9rem; max-width: 22rem; }
+tbody.even { background: var(--stripe); } .number { text-align: right; white-space: nowrap; }
+.more { color: var(--good); } .less { color: var(--bad); } .none, .soft { color: var(--soft); }
+.none { font-weight: 400; } .soft { font-weight: 400; font-size: .8rem; } .name { white-space: nowrap; }
+.notes { border-left: .3rem solid var(--accent); padding: .1rem .9rem; margin: .6rem 0; font-size: .9rem;
+  max-width: 60rem; } .notes p { margin: .4rem 0; max-width: none; }
+figure { margin: .75rem 0; max-width: 44rem; } figure svg { width: 100%; height: auto; display: block; }
+figcaption { color: var(--soft); font-size: .85rem; } details { margin: .5rem 0; }
+summary { cursor: pointer; padding: .35rem 0; } dl { display: grid; grid-template-columns: max-content 1fr;
+  gap: .15rem 1rem; margin: .3rem 0 1rem; font-size: .85rem; } dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; } nav ul { columns: 16rem; padding-left: 1.2rem; max-width: none; }
+.filter { display: flex; gap: .6rem; align-items: center; flex-wrap: wrap; } .filter[hidden] { display: none; }
+.filter input { font: inherit; padding: .3rem .6rem; border: 1px solid var(--soft); border-radius: .3rem;
+  color: inherit; background: transparent; min-width: min(22rem, 100%); }
+@media (min-width: 90rem) { .beside { display: grid; grid-template-columns: minmax(0, 1fr) 34rem; gap: 1.5rem;
+  align-items: start; } }
+@media (max-width: 40rem) { body { font-size: 15px; } dl { grid-template-columns: 1fr; } dd { margin-bottom: .3rem; }
+  th, td { padding: .3rem .4rem; } tbody th { min-width: 7.5rem; max-width: 10rem; } }
+@media print { body { max-width: none; } .wide { overflow: visible; border: 0; } .filter { display: none; } }
+"""
+_SCRIPT = """
+const box = document.querySelector('.filter'), word = box.querySelector('input'), said = box.querySelector('output');
+const rows = [...document.querySelectorAll('#rows tbody tr')];
+box.hidden = false;
+word.addEventListener('input', () => {
+  const words = word.value.toLowerCase().split(/\\s+/);
+  for (const row of rows) row.hidden = !words.every(w => row.textContent.toLowerCase().includes(w));
+  said.textContent = rows.filter(row => !row.hidden).length + ' of ' + rows.length + ' rows';
+});
+"""
+
+
+def html(report: Report) -> str:
+    """One page with everything; see `markdown` for what it holds."""
+    tables = sections(report.rows)
+    body = [
+        _head(report),
+        _contents(tables, report),
+        _figure_1(report),
+        *_tables(tables, report),
+        _costs(report),
+        _overview(report.rows),
+        _appendix(report),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in body if part)
+        + f"\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def element(name: str, content: str, **attributes: str) -> str:
+    """An element around content that is HTML already; attribute values are text."""
+    given = "".join(f' {key.rstrip("_")}="{escape(value, quote=True)}"' for key, value in attributes.items())
+    return f"<{name}{given}>{content}</{name}>"
+
+
+def _head(report: Report) -> str:
+    facts = "".join(element("li", escape(fact)) for fact in report.facts)
+    warning = element("p", escape(report.warning), class_="scale") if report.warning else ""
+    return f"<header>\n<h1>{escape(report.title)}</h1>\n{warning}\n<ul>{facts}</ul>\n</header>"
+
+
+def _contents(tables: Sequence[Section], report: Report) -> str:
+    links = [("figure-1-mask-jepa", "Figure 1 of Mask-JEPA")] if report.bars else []
+    links += [(_id(section), section.title) for section in tables]
+    links += [("costs", "Costs"), ("all-rows", "All rows"), ("protocol", "Results and their protocols")]
+    items = "".join(element("li", element("a", escape(text), href=f"#{target}")) for target, text in links)
+    return f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
+
+
+def _id(section: Section) -> str:
+    text = f"{section.paper} {section.table}".lower()
+    return "table-" + "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in text)
+
+
+# --- plots
+
+
+def _can_plot() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _figure_1(report: Report) -> str:
+    if not report.bars:
+        return ""
+    there = sum(bar.ours is not None for bar in report.bars)
+    caption = (
+        "PQ, AP and mIoU on ADE20K val, Mask2Former without and with Mask-JEPA (rows 18-23, 38, 39). "
+        "Hatched: the paper. "
+        + (f"Filled: ours, {there} of {len(report.bars)}." if there else f"Ours: {NO_RESULT}.")
+        + (f" Scale {report.scale}." if report.warning else "")
+    )
+    drawing = plots.draw_figure_1(report.bars) if _can_plot() else _no_plots()
+    return f'<h2 id="figure-1-mask-jepa">Figure 1 of Mask-JEPA</h2>\n{_figure(drawing, caption)}'
+
+
+def _no_plots() -> str:
+    return "<p>No plots: matplotlib is not installed.</p>"
+
+
+def _section_plot(section: Section) -> str:
+    if not _can_plot():
+        return _no_plots()
+    drawing = plots.draw_section(section, _id(section))
+    if not drawing:
+        return ""
+    missing = "" if section.measured else f" The paper's numbers alone: ours {NO_RESULT}."
+    picture = _figure(drawing, f"{section.title}.{missing}")
+    opened = " open" if section.measured else ""
+    return f"<details{opened}><summary>Plot of {escape(section.title)}</summary>{picture}</details>"
+
+
+# --- tables of the papers
+
+
+def _tables(tables: Sequence[Section], report: Report) -> Iterable[str]:
+    paper = None
+    for section in tables:
+        if section.paper != paper:
+            paper = section.paper
+            yield element("h2", escape(PAPERS.get(paper, "Other")))
+        yield element("h3", escape(section.title), id=_id(section))
+        table = _table(section, report) + _notes(section)
+        yield f'<div class="beside"><div>{table}</div><div>{_section_plot(section)}</div></div>'
+
+
+def _wide(table: str, label: str) -> str:
+    """A table that scrolls by itself where it does not fit, by keyboard too."""
+    return element("div", table, class_="wide", tabindex="0", role="region", aria_label=label).replace(
+        "aria_label", "aria-label"
+    )
+
+
+def _header(names: Mapping[str, str]) -> str:
+    """Column heads; the class of the others' cells in this column is the value."""
+    cells = "".join(element("th", escape(name), scope="col", class_=kind) for name, kind in names.items())
+    return f"<thead><tr>{cells}</tr></thead>"
+
+
+def _table(section: Section, report: Report) -> str:
+    names = ["Row", "Experiment", "Metric", "Paper", "Ours: median (range, seeds)", "Ours - paper"]
+    names += ["Gain: paper", "Gain: ours", "Origin", "State"]
+    numeric = {"Paper", "Ours: median (range, seeds)", "Ours - paper", "Gain: paper", "Gain: ours"}
+    head = _header(
+        {name.replace(" - ", " \N{MINUS SIGN} "): "number" if name in numeric else "" for name in names}
+    )
+    caption = section.title + (f" ({report.scale_text})" if report.warning else "")
+    caption += ". Gain: over the experiment's baseline."
+    bodies = "".join(_entry(entry, index % 2 == 1) for index, entry in enumerate(section.entries))
+    return _wide(f"<table><caption>{escape(caption)}</caption>{head}{bodies}</table>", section.title)
+
+
+def _entry(entry: Entry, even: bool) -> str:
+    group = entry.group
+    lines = group.lines or (Line("", "none reported"),)
+    span = {"rowspan": str(len(lines))}
+    beside = f"over {group.baseline}" if group.baseline else group.source
+    title = escape(group.title) + (f'<br><span class="soft">{escape(beside)}</span>' if beside else "")
+    first = element("td", escape(entry.numbers), class_="name", **span)
+    first += element("th", title, scope="rowgroup", **span)
+    last = element("td", escape(entry.origin), **span) + element("td", escape(entry.state), **span)
+    rows = []
+    for index, line in enumerate(lines):
+        cells = _cells(line, entry)
+        rows.append(f"<tr>{first + cells + last if index == 0 else cells}</tr>")
+    return element("tbody", "".join(rows), class_="even" if even else "odd")
+
+
+def _cells(line: Line, entry: Entry) -> str:
+    group = entry.group
+    there = line.ours is not None
+    return "".join(
+        (
+            element("td", escape(line.label), class_="name"),
+            element(
+                "td", escape(paper_text(line)), class_="number" + (" none" if line.paper is None else "")
+            ),
+            element("td", escape(ours_text(line, group)), class_="number" + ("" if there else " none")),
+            _signed(line.difference),
+            element("td", escape(signed(line.paper_gain, digits=1)), class_="number"),
+            _signed(line.gain),
+        )
+    )
+
+
+def _signed(value: float | None) -> str:
+    kind = "" if value is None else " more" if value > 0 else " less" if value < 0 else ""
+    return element("td", escape(signed(value)), class_=f"number{kind}")
+
+
+def _notes(section: Section) -> str:
+    if not section.notes:
+        return ""
+    parts = (f"<p><strong>Row {escape(rows)}.</strong> {escape(note)}</p>" for rows, note in section.notes)
+    return f'<div class="notes" role="note" aria-label="Contradictions in the paper">{"".join(parts)}</div>'
+
+
+# --- costs, all rows, protocols
+
+
+def _costs(report: Report) -> str:
+    out = ['<h2 id="costs">Costs of pre-training</h2>']
+    for row in (row for row in report.rows if row.row.number in COST_ROWS):
+        out.append(element("h3", escape(f"Row {row.row.number}: {row.row.item}")))
+        out += [element("p", escape(text)) for text in cost_lines(row)]
+        out.append(
+            _cost_table(row) if row.costs else element("p", "Ours: no measurement yet.", class_="none")
+        )
+        out += [f'<div class="notes" role="note"><p>{escape(note)}</p></div>' for note in row.notes]
+    return "\n".join(out) if len(out) > 1 else ""
+
+
+def cost_lines(row: RowReport) -> list[str]:
+    """What the papers say a pre-training costs."""
+    return [
+        f"{group.title}: " + ", ".join(f"{line.label} {paper_text(line)}" for line in group.lines)
+        for group in row.groups
+        if group.lines
+    ]
+
+
+def cost_columns(row: RowReport) -> list[str]:
+    """Names of everything that was measured, in the order of the measurements."""
+    return list(
+        dict.fromkeys(key for entry in row.costs for key, value in entry.items() if value is not None)
+    )
+
+
+def _cost_table(row: RowReport) -> str:
+    names = cost_columns(row)
+    head = _header({name.replace("_", " "): "" for name in names})
+    body = ""
+    for entry in row.costs:
+        first, *rest = (escape(cost_text(entry.get(name))) for name in names)
+        body += f'<tr><th scope="row">{first}</th>{"".join(element("td", cell) for cell in rest)}</tr>'
+    caption = f"<caption>Measured for row {row.row.number}</caption>"
+    return _wide(f"<table>{caption}{head}<tbody>{body}</tbody></table>", f"Costs of row {row.row.number}")
+
+
+def cost_text(value: Any) -> str:
+    """A measured value."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return plain(value)
+    return (
+        f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    )
+
+
+def _overview(rows: Sequence[RowReport]) -> str:
+    head = _header(
+        dict.fromkeys(("Row", "Item", "Paper", "Where", "Kind", "Origin", "Toolkit", "State", "Result"), "")
+    )
+    body = "".join(_overview_row(row) for row in rows)
+    table = f'<table id="rows"><caption>All {len(rows)} rows of this report</caption>{head}<tbody>{body}</tbody></table>'
+    box = (
+        '<p class="filter" hidden><label for="word">Filter rows</label>'
+        '<input id="word" type="search" placeholder="mask-jepa run builds"><output aria-live="polite"></output></p>'
+    )
+    return f'<h2 id="all-rows">All rows</h2>\n{box}\n{_wide(table, "All rows")}'
+
+
+def _overview_row(report: RowReport) -> str:
+    row = report.row
+    shown = "; ".join((*row.tests, *row.commands))
+    item = escape(row.item) + (f'<br><code class="soft">{escape(shown)}</code>' if shown else "")
+    item += f'<br><span class="soft">waits for {escape(row.waits_for)}</span>' if row.waits_for else ""
+    item += "".join(f'<br><span class="soft">{escape(note)}</span>' for note in report.notes)
+    cells = (
+        ", ".join(PAPERS.get(name, name) for name in row.paper),
+        ", ".join(row.where) or "-",
+        row.kind,
+        ", ".join(row.origin) or "-",
+        ", ".join(row.toolkits) or "-",
+        report.state,
+        report.summary,
+    )
+    rest = "".join(element("td", escape(cell)) for cell in cells)
+    return f'<tr><td class="number">{row.number}</td><th scope="row">{item}</th>{rest}</tr>'
+
+
+def _appendix(report: Report) -> str:
+    if not report.results:
+        content = f"<p>{NO_RESULT.capitalize()} at the scale {escape(report.scale)}.</p>"
+    else:
+        content = "\n".join(_result(result) for result in report.results)
+    return f'<h2 id="protocol">Results and their protocols</h2>\n{content}'
+
+
+def _result(result: Result) -> str:
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts_of(result))
+    head = escape(f"{result.name}, seed {result.seed} ({result.kind})")
+    return f"<details><summary>{head}</summary><dl>{facts}</dl></details>"

@@ -1,0 +1,184 @@
+"""Results of runs: one JSON file each, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+PACKAGES = (
+    "jepa_plugins",
+    "torch",
+    "torchvision",
+    "timm",
+    "detectron2",
+    "mmengine",
+    "mmcv",
+    "mmsegmentation",
+    "numpy",
+)
+FORKS = {"mmengine": "onedl-mmengine", "mmcv": "onedl-mmcv", "mmsegmentation": "onedl-mmsegmentation"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run gave.
+
+    Attributes:
+        name: of the experiment or pre-training in the manifest; kind: experiment or pretraining.
+        scale: smoke, quick or full; seed: of the run.
+        config: its configuration; config_hash: of that file and its bases; overrides: of its keys.
+        pretraining: of an experiment, its name or empty.
+        commit: of the project, with -dirty when files had changed; versions, hardware: of the machine.
+        processes: how many trained; seconds: of wall time; command: as run; finished: time in ISO 8601.
+        protocol: crop, interpolation, layer, pooling, test size, scales, and what else decides a number.
+        metrics: by name, as the toolkit reports them.
+    """
+
+    name: str
+    kind: str
+    scale: str
+    seed: int
+    config: str
+    metrics: Mapping[str, float]
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    config_hash: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    pretraining: str = ""
+    commit: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    seconds: float = 0.0
+    command: str = ""
+    finished: str = ""
+
+
+class Results:
+    """The result files below a folder, OUT/SCALE/results/NAME__seed_S.json.
+
+    Args:
+        out: folder of all scales.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out)
+
+    def path(self, name: str, scale: str, seed: int) -> Path:
+        """File of one result."""
+        return self.out / scale / "results" / f"{name}__seed_{seed}.json"
+
+    def save(self, result: Result) -> Path:
+        """Write a result."""
+        path = self.path(result.name, result.scale, result.seed)
+        write_json(path, dataclasses.asdict(result))
+        return path
+
+    def load(self, scale: str) -> list[Result]:
+        """All results of a scale, by name and seed.
+
+        Raises:
+            ValueError: one sentence that names a file that is no result.
+        """
+        found = [read_result(path) for path in sorted((self.out / scale / "results").glob("*.json"))]
+        return sorted(found, key=lambda result: (result.name, result.seed))
+
+    def of(self, name: str, scale: str) -> list[Result]:
+        """Results of one experiment or pre-training, by seed."""
+        return [result for result in self.load(scale) if result.name == name]
+
+
+def read_result(path: Path) -> Result:
+    """One file; ValueError in one sentence when it is no result."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Result(**content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no result of this project ({error}): move it away and run again"
+        ) from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A metric over seeds: median, smallest, largest, number of seeds."""
+
+    median: float
+    low: float
+    high: float
+    seeds: int
+
+
+def summarise(results: Iterable[Result], metric: str) -> Summary | None:
+    """A metric over the results that have it; None when none has."""
+    values = [result.metrics[metric] for result in results if metric in result.metrics]
+    return Summary(median(values), min(values), max(values), len(values)) if values else None
+
+
+def commit_of(root: Path) -> str:
+    """Commit of a clone, with -dirty when tracked files have changed; the package's version outside of a clone."""
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {versions().get('jepa_plugins', 'unknown')}"
+    return commit + ("-dirty" if changed else "")
+
+
+def _git(root: Path, *args: str) -> str:
+    command = ["git", "-C", str(root), *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a number, where installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        for distribution in (name, FORKS.get(name, name)):
+            try:
+                found[name] = metadata.version(distribution)
+                break
+            except metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, its cores, and GPUs."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": _processor(), "cores": cores, "gpus": gpus}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,197 @@
+"""Plans: the commands of rows, in order, for every machine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reproduction_small import small_manifest
+
+from jepa_plugins.reproduction.manifest import ManifestError
+from jepa_plugins.reproduction.plan import (
+    Choice,
+    Machine,
+    Planner,
+    Stage,
+    config_chain,
+    config_hash,
+    hours_of,
+    needs_of,
+)
+
+OUT, DATA = Path("/out"), Path("/data")
+
+
+def plan(*rows: int, scale: str = "full", machine: Machine | None = None, **more) -> list[Stage]:
+    manifest = small_manifest()
+    choice = Choice(OUT, DATA, scale, machine or Machine(), **more)
+    return Planner(manifest, choice).plan(manifest.row(number) for number in rows)
+
+
+def options(stage: Stage) -> dict[str, str]:
+    """KEY VALUE pairs or KEY=VALUE of a command."""
+    words = shlex.split(stage.shell())
+    pairs = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
+    return {**dict(zip(words, words[1:], strict=False)), **pairs}
+
+
+def test_a_row_is_pretrained_exported_and_tuned_in_order() -> None:
+    stages = plan(2)
+    assert [stage.name for stage in stages] == [
+        "experiment/base/seed_0",
+        "pretrain/mask_jepa/seed_0",
+        "export/mask_jepa/seed_0/export",
+        "experiment/tuned/seed_0",
+    ]
+    exported = "/out/full/pretrain/mask_jepa/seed_0/export/export.pth"
+    assert stages[2].shell() == (
+        f"python tools/export.py /out/full/pretrain/mask_jepa/seed_0/model_final.pth {exported}"
+    )
+    tuned = options(stages[3])
+    assert tuned["MODEL.WEIGHTS"] == exported and tuned["SEED"] == "0"
+    assert tuned["--config-file"] == "detectron2/mask2former/ade20k/semantic_R50_mask_jepa.yaml"
+    assert options(stages[0])["MODEL.WEIGHTS"] == "R-50.pkl"
+    assert stages[3].shell().startswith("DETECTRON2_DATASETS=/data python tools/train_net.py ")
+
+
+def test_rows_share_a_pretraining_and_every_stage_comes_after_what_it_needs() -> None:
+    stages = plan(1, 2, 3, seeds=(0, 1))
+    names = [stage.name for stage in stages]
+    assert len(names) == len(set(names))
+    assert names.count("pretrain/mask_jepa/seed_0") == 1 and "pretrain/mask_jepa/seed_1" not in names
+    for stage in stages:
+        assert all(names.index(need) < names.index(stage.name) for need in stage.needs)
+    own = [s.name for s in plan(2, seeds=(0, 1), pretraining_seeds=True)]
+    assert {"pretrain/mask_jepa/seed_0", "pretrain/mask_jepa/seed_1"} <= set(own)
+    second = next(
+        s for s in plan(2, seeds=(0, 1), pretraining_seeds=True) if s.name == "experiment/tuned/seed_1"
+    )
+    assert "pretrain/mask_jepa/seed_1" in options(second)["MODEL.WEIGHTS"]
+
+
+def test_other_export_options_are_another_export() -> None:
+    stages = {stage.name: stage for stage in plan(2, 3)}
+    dropped = stages["export/mask_jepa/seed_0/export_drop_predictor"]
+    assert dropped.shell().endswith("--drop predictor")
+    assert options(stages["experiment/no_decoder/seed_0"])["MODEL.WEIGHTS"].startswith(str(dropped.folder))
+
+
+def test_mmengine_reads_the_last_checkpoint_of_the_pretraining() -> None:
+    first, second = plan(4)
+    assert options(first)["train_dataloader.dataset.source"] == "/data/imagenet/train"
+    pointer = "/out/full/pretrain/dmt_jepa/seed_0/last_checkpoint"
+    assert f'model.backbone.init_cfg.checkpoint="$(cat {pointer})"' in second.shell().replace("'", "")
+    assert "--work-dir /out/full/experiments/upernet/seed_0 --resume" in second.shell()
+    with pytest.raises(FileNotFoundError, match="has not finished"):
+        second.resolved()
+
+
+@pytest.mark.parametrize(
+    ("machine", "start"),
+    [
+        (Machine(), "python tools/train.py"),
+        (Machine(gpus=8, launcher="torchrun"), "torchrun --standalone --nproc-per-node=8 tools/train.py"),
+        (
+            Machine(2, 8, "torchrun"),
+            "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=$MASTER_ADDR:29500 ",
+        ),
+        (
+            Machine(2, 8, "slurm"),
+            "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python tools/train.py",
+        ),
+    ],
+)
+def test_launchers(machine, start) -> None:
+    assert plan(4, machine=machine)[0].shell().startswith(start)
+
+
+@given(nodes=st.integers(1, 4), gpus=st.sampled_from([1, 2, 4, 8]), most=st.sampled_from([None, 16, 64, 256]))
+def test_the_batch_is_the_recipes_on_every_machine(nodes: int, gpus: int, most: int | None) -> None:
+    processes = nodes * gpus
+    if 2048 % processes:
+        return
+    launcher = "torchrun" if processes > 1 else "plain"
+    stage = plan(4, machine=Machine(nodes, gpus, launcher, most))[0]
+    got = stage.overrides
+    local, parts = got["train_dataloader.batch_size"], got["optim_wrapper.accumulative_counts"]
+    assert local * parts * processes == 2048
+    assert local <= (most or 256)
+
+
+def test_the_batch_of_detectron2_is_split_by_accumulation() -> None:
+    assert plan(1)[0].overrides["SOLVER.ACCUMULATION"] == 8
+    assert plan(1, machine=Machine(gpus=8, launcher="torchrun"))[0].overrides["SOLVER.ACCUMULATION"] == 1
+    with pytest.raises(ManifestError, match="32 images do not divide among 3 processes"):
+        plan(1, machine=Machine(gpus=3, launcher="torchrun"))
+
+
+def test_smoke_makes_its_data_and_ignores_public_weights() -> None:
+    stages = plan(2, scale="smoke")
+    assert stages[0].kind == "data" and "/out/smoke/data" in stages[0].shell()
+    base = next(stage for stage in stages if stage.name == "experiment/base/seed_0")
+    assert options(base)["MODEL.WEIGHTS"] == "" and options(base)["SOLVER.MAX_ITER"] == "2"
+    assert base.environment == {"DETECTRON2_DATASETS": "/out/smoke/data"}
+    listed = plan(4, scale="smoke")[-1].shell()
+    assert "'model.neck.rescales=[4,2]'" in listed
+
+
+def test_quick_takes_the_stand_in_configuration() -> None:
+    (stage,) = plan(1, scale="quick")
+    assert stage.config == "detectron2/quick/mask_jepa.yaml"
+    assert stage.overrides["DATASETS.UNLABELLED"] == "('/out/quick/data/x',)"
+    with pytest.raises(ManifestError, match="row 2 has no quick version; rows that have one: 1"):
+        plan(2, scale="quick")
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [(5, "row 5 is a component"), (6, "row 6 is a figure"), (7, "row 7 waits .* the view-level loss")],
+)
+def test_rows_without_runs_say_so(row, sentence) -> None:
+    if row == 7:  # its run could start, but the row's own part is missing
+        manifest = small_manifest()
+        manifest.pretrainings["dmt_jepa"].__dict__["waits_for"] = "the view-level loss"
+        with pytest.raises(ManifestError, match=sentence):
+            Planner(manifest, Choice(OUT, DATA)).plan([manifest.row(7)])
+        return
+    with pytest.raises(ManifestError, match=sentence):
+        plan(row)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((0, 1), "0 nodes"),
+        ((1, 2, "mpi"), "launcher 'mpi' is unknown"),
+        ((2, 0), "2 processes need --launcher torchrun or slurm"),
+    ],
+)
+def test_impossible_machines(arguments, sentence) -> None:
+    with pytest.raises(ManifestError, match=sentence):
+        Machine(*arguments)
+
+
+def test_the_hash_covers_the_bases() -> None:
+    name = "detectron2/mask2former/ade20k/semantic_R50_mask_jepa.yaml"
+    chain = [path.name for path in config_chain(name)]
+    assert chain == ["semantic_R50_mask_jepa.yaml", "semantic_R50.yaml", "mask2former_R50.yaml"]
+    assert [path.name for path in config_chain("mmseg/ijepa/vit_base16.py")][0] == "vit_base16.py"
+    assert "pretrain.py" in [path.name for path in config_chain("mmseg/dmt_jepa/vit_base16.py")]
+    assert len(config_hash(name)) == 16 != config_hash("mmseg/ijepa/vit_base16.py")
+    with pytest.raises(FileNotFoundError, match="absent.yaml is not there"):
+        config_chain("detectron2/absent.yaml")
+
+
+def test_needs_and_hours(tmp_path: Path) -> None:
+    manifest = small_manifest()
+    rows = [manifest.row(2)]
+    needs = {need.name: need for need in needs_of(manifest, rows, tmp_path)}
+    assert not needs["imagenet"].there and needs["imagenet"].how == "unpack it"
+    assert needs["r50"].what == "weights" and not needs["r50"].there
+    (tmp_path / "imagenet" / "train").mkdir(parents=True)
+    assert {n.name: n.there for n in needs_of(manifest, rows, tmp_path)}["imagenet"]
+    hours = hours_of(manifest, rows, seeds=3)
+    assert ("mask_jepa", 100.0, "table 8") in hours and ("tuned", None, "") in hours
