@@ -207,6 +207,28 @@ def add_jepa_config(cfg: CfgNode) -> None:
     add_data_config(cfg)
 
 
+def add_panoptic_deeplab_config(cfg: CfgNode) -> None:
+    """The keys of detectron2's project Panoptic-DeepLab, whose import registers its model; see `get_config`.
+
+    Its own mapper is the default, and PQ, AP and mIoU are measured.
+
+    Raises:
+        ImportError: panopticapi, which the project needs, is not installed.
+    """
+    try:
+        from detectron2.projects import panoptic_deeplab
+    except ImportError as error:
+        raise ImportError(
+            f"PanopticDeepLab needs detectron2's project and panopticapi ({error}): pip install -r "
+            "requirements/panoptic.txt"
+        ) from error
+    panoptic_deeplab.add_panoptic_deeplab_config(cfg)
+    cfg.INPUT.DATASET_MAPPER_NAME = "panoptic_deeplab"
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    test = cfg.MODEL.MASK_FORMER.TEST
+    test.SEMANTIC_ON = test.INSTANCE_ON = test.PANOPTIC_ON = True
+
+
 def mask_jepa_settings(cfg: CfgNode) -> MaskJEPASettings:
     """The method's options as core takes them."""
     values = {}
@@ -231,6 +253,8 @@ def get_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     add_jepa_config(cfg)
     path = find_config(config_file)
     values = CN(read_yaml(path))
+    if values.get("MODEL", CN()).get("META_ARCHITECTURE") == "PanopticDeepLab":
+        add_panoptic_deeplab_config(cfg)
     try:
         cfg.merge_from_other_cfg(values)
         cfg.merge_from_list(list(opts))

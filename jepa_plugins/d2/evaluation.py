@@ -289,6 +289,12 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str | None = No
     ensure_registered(dataset_name)
     output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    whole = MetadataCatalog.get(dataset_name).get("share_of")
+    if whole and kind != "sem_seg":
+        raise ValueError(
+            f"Data set '{dataset_name}' is a share for training, and its annotation file is that of the whole: "
+            f"evaluate on '{whole}'."
+        )
     if kind == "sem_seg":
         found: list[DatasetEvaluator] = [SemanticEvaluator(dataset_name)]
     elif kind == "coco":

@@ -50,7 +50,7 @@ def test_a_whole_tree_is_complete(small, tmp_path: Path, capsys) -> None:
         fill(tmp_path, item)
     assert run(tmp_path) == 0
     out = capsys.readouterr().out
-    assert "10 of 10 data sets are complete" in out
+    assert "11 of 11 data sets are complete" in out
     assert "missing" not in out and "to do" not in out and "ok, 3 files" in out
 
 
@@ -61,7 +61,7 @@ def test_an_empty_folder_lists_everything_and_what_to_do(tmp_path: Path, capsys)
         for part in item.parts:
             assert part.pattern in out
             assert expected.SOURCES[part.source].format(root=tmp_path) in out
-    assert "0 of 10 data sets are complete" in out
+    assert "0 of 11 data sets are complete" in out
 
 
 def test_what_is_missing_and_what_is_cut_short(small, tmp_path: Path, capsys) -> None:
@@ -76,7 +76,7 @@ def test_what_is_missing_and_what_is_cut_short(small, tmp_path: Path, capsys) ->
     assert states["ade20k_panoptic_train/*.png"] == "2 of 3 files"
     assert states["ade20k_panoptic_val.json"].startswith("damaged")
     assert states["images/training/*.jpg"] == "ok, 3 files"
-    assert sum(line[0] == "to" for line in lines) == 1 and "prepare_ade20k_pan_seg" in str(lines)
+    assert sum(line[0] == "to" for line in lines) == 1 and "prepare_data.py ade20k" in str(lines)
 
 
 def test_what_only_some_figures_need_may_be_missing(small, tmp_path: Path, capsys) -> None:
@@ -95,6 +95,8 @@ def test_what_only_some_figures_need_may_be_missing(small, tmp_path: Path, capsy
         (["ade20k_sem_seg_val"], {"ade20k_semantic"}),
         (["coco_2017_train"], {"coco_instance"}),
         (["coco_2017_val_panoptic_with_sem_seg", "imagenet"], {"coco_panoptic", "imagenet"}),
+        (["imagenet_"], {"imagenet_val"}),
+        (["ade20k_instance_train_5pct"], {"ade20k_instance"}),
         (["cityscapes_fine_p", "cityscapes_panoptic"], {"cityscapes_panoptic"}),
         ([], {item.name for item in DATA_SETS}),
     ],
@@ -132,7 +134,7 @@ def test_the_trees_are_those_that_the_registrations_read() -> None:
 
     keys = ("image_root", "image_dir", "sem_seg_root", "gt_dir", "panoptic_root", "panoptic_json")
     names = [(item, name) for item in DATA_SETS for name in item.registered if "/" not in name]
-    assert len(names) == 18
+    assert len(names) == 30
     for item, name in names:
         assert name in DatasetCatalog, name
         patterns = [f"{item.folder}/{part.pattern}" for part in item.parts]

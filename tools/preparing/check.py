@@ -6,6 +6,7 @@ A SET is one of the names below, a name that configurations use (ade20k_panoptic
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,9 @@ def _json_is_whole(path: Path) -> bool:
 
 def examine(folder: Path, part: Part) -> Finding:
     """Count the files of a part; of a json see whether it is whole."""
-    files = list(folder.glob(part.pattern)) if folder.is_dir() else []
+    start = len(str(folder))
+    # What is hidden is what an interrupted run has left.
+    files = [path for path in folder.glob(part.pattern) if f"{os.sep}." not in str(path)[start:]]
     whole = len(files) >= part.count
     if whole and part.pattern.endswith(".json") and part.count == 1:
         whole = _json_is_whole(files[0])
@@ -93,6 +96,30 @@ def describe(item: DataSet, root: Path) -> tuple[list[str], bool]:
     sources = dict.fromkeys(finding.part.source for finding in findings if not finding.whole)
     lines.extend(f"  to do: {SOURCES[source].format(root=root)}" for source in sources)
     return lines, complete
+
+
+def published_count(name: str) -> int:
+    """Files of a data set's first part, its images."""
+    return select([name])[0].parts[0].count
+
+
+def conclude(folder: Path, names: Sequence[str]) -> None:
+    """Hold what a command has made to the published counts.
+
+    Args:
+        folder: of the data sets. names: see `select`.
+
+    Raises:
+        DataError: files are missing that training needs.
+    """
+    parts = dict.fromkeys(part for item in select(names) for part in item.parts)
+    findings = [finding for finding in (examine(folder, part) for part in parts) if finding.hinders]
+    if findings:
+        missing = ", ".join(f"{finding.part.pattern} ({finding})" for finding in findings)
+        raise DataError(
+            f"{folder} is not complete: {missing}; add what is missing and run the command again, or add --any-count "
+            "if the set is meant to be smaller."
+        )
 
 
 def report(names: Sequence[str], root: Path) -> bool:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jepa_plugins.core.subsets import LOW_DATA_PERCENT
+
 
 @dataclass(frozen=True)
 class Part:
@@ -47,21 +49,21 @@ ADE20K, CITYSCAPES, COCO = "ADEChallengeData2016", "cityscapes", "coco"
 SOURCES = {
     "ade20k": "unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip in {root}",
     "ade20k labels": "python tools/prepare_data.py ade20k --out {root}/ADEChallengeData2016",
-    "ade20k panoptic": "unpack http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar in "
-    "{root}/ADEChallengeData2016, then run Mask2Former's datasets/prepare_ade20k_pan_seg.py",
-    "ade20k instance": "unpack http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar in "
-    "{root}/ADEChallengeData2016, then run Mask2Former's datasets/prepare_ade20k_ins_seg.py",
+    "ade20k objects": "unpack http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar in "
+    "{root}/ADEChallengeData2016, then python tools/prepare_data.py ade20k --out {root}/ADEChallengeData2016",
     "cityscapes": "pip install cityscapesScripts; csDownload -d {root}/cityscapes leftImg8bit_trainvaltest.zip "
     "gtFine_trainvaltest.zip; unpack both in {root}/cityscapes",
-    "cityscapes labels": "CITYSCAPES_DATASET={root}/cityscapes csCreateTrainIdLabelImgs",
-    "cityscapes panoptic": "CITYSCAPES_DATASET={root}/cityscapes csCreatePanopticImgs",
+    "cityscapes labels": "python tools/prepare_data.py cityscapes --out {root}/cityscapes",
     "coco train": "unpack http://images.cocodataset.org/zips/train2017.zip in {root}/coco",
     "coco val": "unpack http://images.cocodataset.org/zips/val2017.zip in {root}/coco",
     "coco instance": "unpack http://images.cocodataset.org/annotations/annotations_trainval2017.zip in {root}/coco",
     "coco panoptic": "unpack http://images.cocodataset.org/annotations/panoptic_annotations_trainval2017.zip in "
     "{root}/coco, then the two zip files that it holds in {root}/coco as well",
-    "imagenet": "unpack ImageNet-1K's ILSVRC2012_img_train.tar in {root}/imagenet/train, and each of its 1,000 tar "
-    "files in a folder of its own",
+    "coco labels": "python tools/prepare_data.py coco --out {root}/coco",
+    "imagenet": "python tools/prepare_data.py imagenet --out {root}/imagenet "
+    "--train-archive ILSVRC2012_img_train.tar",
+    "imagenet val": "python tools/prepare_data.py imagenet --out {root}/imagenet "
+    "--val-archive ILSVRC2012_img_val.tar --val-labels ILSVRC2012_devkit_t12.tar.gz",
 }
 
 
@@ -74,13 +76,13 @@ def _ade20k(task: str) -> tuple[Part, ...]:
         if task == "semantic":
             parts.append(Part(labels, count, "ade20k labels"))
         elif task == "instance":
-            parts.append(Part(instances, 1, "ade20k instance"))
+            parts.append(Part(instances, 1, "ade20k objects"))
         else:
-            parts.append(Part(f"ade20k_panoptic_{split}.json", 1, "ade20k panoptic"))
-            parts.append(Part(f"ade20k_panoptic_{split}/*.png", count, "ade20k panoptic"))
+            parts.append(Part(f"ade20k_panoptic_{split}.json", 1, "ade20k objects"))
+            parts.append(Part(f"ade20k_panoptic_{split}/*.png", count, "ade20k objects"))
             parts.append(Part(labels, count, "ade20k labels", "mIoU over ADE20K's own labels"))
             if split == "val":
-                parts.append(Part(instances, 1, "ade20k instance", "AP"))
+                parts.append(Part(instances, 1, "ade20k objects", "AP"))
     return tuple(parts)
 
 
@@ -97,8 +99,8 @@ def _cityscapes(task: str) -> tuple[Part, ...]:
             source = "cityscapes labels" if "TrainIds" in kind else "cityscapes"
             parts.append(Part(f"gtFine/{split}/*/*_gtFine_{kind}", count, source))
         if task == "panoptic":
-            parts.append(Part(f"gtFine/cityscapes_panoptic_{split}.json", 1, "cityscapes panoptic"))
-            parts.append(Part(f"gtFine/cityscapes_panoptic_{split}/*.png", count, "cityscapes panoptic"))
+            parts.append(Part(f"gtFine/cityscapes_panoptic_{split}.json", 1, "cityscapes labels"))
+            parts.append(Part(f"gtFine/cityscapes_panoptic_{split}/*.png", count, "cityscapes labels"))
     return tuple(parts)
 
 
@@ -112,6 +114,10 @@ def _coco(task: str) -> tuple[Part, ...]:
         elif task == "panoptic":
             parts.append(Part(f"annotations/panoptic_{split}2017.json", 1, "coco panoptic"))
             parts.append(Part(f"panoptic_{split}2017/*.png", count, "coco panoptic"))
+            labels = f"panoptic_semseg_{split}2017/*.png"
+            parts.append(
+                Part(labels, count, "coco labels", "labels read faster, and the published Mask2Former")
+            )
             if split == "val":
                 parts.append(Part(instances, 1, "coco instance", "AP"))
     return tuple(parts)
@@ -121,10 +127,29 @@ def _both(pattern: str) -> tuple[str, ...]:
     return tuple(pattern.format(split) for split in ("train", "val"))
 
 
+def _shares(name: str) -> tuple[str, ...]:
+    return tuple(f"{name}_train_{percent}pct" for percent in LOW_DATA_PERCENT)
+
+
 DATA_SETS = (
-    DataSet("ade20k_semantic", _both("ade20k_sem_seg_{}"), ADE20K, _ade20k("semantic")),
-    DataSet("ade20k_panoptic", _both("ade20k_panoptic_{}"), ADE20K, _ade20k("panoptic")),
-    DataSet("ade20k_instance", _both("ade20k_instance_{}"), ADE20K, _ade20k("instance")),
+    DataSet(
+        "ade20k_semantic",
+        (*_both("ade20k_sem_seg_{}"), *_shares("ade20k_sem_seg")),
+        ADE20K,
+        _ade20k("semantic"),
+    ),
+    DataSet(
+        "ade20k_panoptic",
+        (*_both("ade20k_panoptic_{}"), *_shares("ade20k_panoptic")),
+        ADE20K,
+        _ade20k("panoptic"),
+    ),
+    DataSet(
+        "ade20k_instance",
+        (*_both("ade20k_instance_{}"), *_shares("ade20k_instance")),
+        ADE20K,
+        _ade20k("instance"),
+    ),
     DataSet("cityscapes_semantic", _both("cityscapes_fine_sem_seg_{}"), CITYSCAPES, _cityscapes("semantic")),
     DataSet("cityscapes_panoptic", _both("cityscapes_fine_panoptic_{}"), CITYSCAPES, _cityscapes("panoptic")),
     DataSet(
@@ -139,4 +164,5 @@ DATA_SETS = (
     DataSet("coco_instance", _both("coco_2017_{}"), COCO, _coco("instance")),
     DataSet("coco_unlabelled", ("coco/train2017",), COCO, _coco("unlabelled")[:1]),
     DataSet("imagenet", ("imagenet/train",), "imagenet", (Part("train/*/*.JPEG", 1281167, "imagenet"),)),
+    DataSet("imagenet_val", ("imagenet/val",), "imagenet", (Part("val/*/*.JPEG", 50000, "imagenet val"),)),
 )

@@ -28,10 +28,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +39,7 @@ from PIL import Image
 from jepa_plugins.core import scenes
 
 from . import DataError
+from .running import already_there, mapper, progress, replace_folder
 
 
 @dataclass(frozen=True)
@@ -166,12 +163,12 @@ def make_synthetic(
         "unlabelled": unlabelled,
     }
     out = out.resolve()
-    if _already_there(out, meta, overwrite):
+    if already_there(out, meta, overwrite):
         return False
     partial_folder = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)  # Left by a run that was interrupted.
     _write_all(partial_folder, meta, workers)
-    _replace(partial_folder, out)
+    replace_folder(partial_folder, out)
     return True
 
 
@@ -189,26 +186,6 @@ def _check_counts(train: int, val: int, unlabelled: int, size: int, seed: int, w
             raise DataError(f"{option} is {value}: give a number from {low} to {high}.")
 
 
-def _already_there(out: Path, meta: dict[str, Any], overwrite: bool) -> bool:
-    """Whether ``out`` holds exactly this set; DataError if it holds something that may not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        found = json.loads((out / "meta.json").read_text())
-        generator = found["generator"]
-    except (OSError, ValueError, TypeError, KeyError):
-        generator = None
-    if generator != meta["generator"]:
-        raise DataError(f"{out} holds files that are not generated data: choose another --out or empty it.")
-    if found == meta and not overwrite:
-        return True
-    if not overwrite:
-        different = [f"{k} {found.get(k)} instead of {meta[k]}" for k in meta if found.get(k) != meta[k]]
-        what = ", ".join(different) or "unknown entries in meta.json"
-        raise DataError(f"{out} holds other generated data ({what}): add --overwrite to replace it.")
-    return False
-
-
 def _write_all(root: Path, meta: dict[str, Any], workers: int) -> None:
     for split in SPLITS.values():
         coco = (split.coco, f"panoptic_{split.coco}")
@@ -216,7 +193,7 @@ def _write_all(root: Path, meta: dict[str, Any], workers: int) -> None:
             (root / folder).mkdir(parents=True)
     (root / UNLABELLED.coco).mkdir()
     total = meta["train"] + meta["val"] + meta["unlabelled"]
-    with _progress(total) as advance, _mapper(workers) as run:
+    with progress("drawing scenes", total) as advance, mapper(workers) as run:
         for name, split in SPLITS.items():
             image_ids = range(split.first, split.first + meta[name])
             results = run(partial(draw_labelled, root, split, meta["seed"], meta["size"]), image_ids)
@@ -254,63 +231,3 @@ def _write_json(root: Path, split: Split, size: int, drawn: dict[int, Drawn]) ->
     }
     for kind, content in (("instances", instances), ("panoptic", panoptic)):
         (root / "annotations" / f"{kind}_{split.coco}.json").write_text(json.dumps(common | content))
-
-
-def _replace(new: Path, out: Path) -> None:
-    """Give ``new`` the name ``out``; what was there is removed only after it has been moved away."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-# --- running and showing -----------------------------------------------------------------------------------
-
-Run = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
-Advance = Callable[[Iterable[Any]], Iterator[Any]]
-
-
-@contextmanager
-def _mapper(workers: int) -> Iterator[Run]:
-    """A ``map`` that keeps the order: over processes, or in this one when there is one worker."""
-    if workers == 1:
-        yield map
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        try:
-            yield partial(pool.map, chunksize=16)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Advance]:
-    """A function that passes items on and shows how many of ``total`` have passed (lines without rich)."""
-    try:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        yield partial(_print_progress, {"done": 0, "shown": time.monotonic()}, total)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Refreshed by hand: rich's own thread must not run while worker processes are forked.
-    with Progress(*columns, auto_refresh=False) as bar:
-        task = bar.add_task("drawing scenes", total=total)
-
-        def advance(items: Iterable[Any]) -> Iterator[Any]:
-            for done, item in enumerate(items):
-                bar.update(task, advance=1, refresh=done % 16 == 0)
-                yield item
-
-        yield advance
-
-
-def _print_progress(state: dict[str, float], total: int, items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        state["done"] += 1
-        if time.monotonic() - state["shown"] > 5 or state["done"] == total:
-            state["shown"] = time.monotonic()
-            print(f"drawing scenes: {int(state['done'])}/{total}", flush=True)
-        yield item

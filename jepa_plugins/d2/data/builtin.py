@@ -8,8 +8,10 @@ ade20k_panoptic_{train,val}                    ADEChallengeData2016/images/{trai
                                                annotations_detectron2 and ade20k_instance_{train,val}.json
 ade20k_instance_{train,val}                    ADEChallengeData2016/images/{training,validation} and
                                                ade20k_instance_{train,val}.json
-coco_2017_{train,val}_panoptic_with_sem_seg    coco/{train,val}2017, panoptic_{train,val}2017 and
-                                               annotations/{panoptic,instances}_{train,val}2017.json
+coco_2017_{train,val}_panoptic_with_sem_seg    coco/{train,val}2017, panoptic_{train,val}2017,
+                                               annotations/{panoptic,instances}_{train,val}2017.json and, where it
+                                               is there, panoptic_semseg_{train,val}2017
+ade20k_{sem_seg,panoptic,instance}_train_Kpct  the same K % (1, 2, 5 or 10) of the training images for all three
 =============================================  ===========================================================
 
 A name that somebody else has registered stays theirs. Where the published package is installed it registers the
@@ -27,9 +29,11 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from jepa_plugins.core.subsets import LOW_DATA_PERCENT
 from jepa_plugins.d2.registration import published_packages
 
 from .schemes import PanopticFiles, data_root, panoptic_metadata, register_panoptic, remedy_for, require_path
+from .shares import Share, register_share
 
 ADE20K_SPLITS = {"train": "training", "val": "validation"}
 
@@ -58,6 +62,7 @@ def _coco_files(split: str) -> PanopticFiles:
         labels=root / f"panoptic_{split}2017",
         annotations=root / "annotations" / f"panoptic_{split}2017.json",
         instances=root / "annotations" / f"instances_{split}2017.json",
+        semantic=root / f"panoptic_semseg_{split}2017",
     )
 
 
@@ -115,6 +120,12 @@ NAMES = {
     for pattern, function in _PATTERNS.items()
     for split in ADE20K_SPLITS
 }
+# name -> what it is a share of: the paper's low-data runs (Mask-JEPA, section 4.3)
+SHARES = {
+    f"{base}_{percent}pct": Share(base, str(percent))
+    for base in ("ade20k_sem_seg_train", "ade20k_panoptic_train", "ade20k_instance_train")
+    for percent in LOW_DATA_PERCENT
+}
 
 
 def register(name: str) -> None:
@@ -135,3 +146,6 @@ def register_builtin() -> None:
         metadata = MetadataCatalog.get(f"ade20k_sem_seg_{split}")
         if not metadata.get("stuff_colors"):
             metadata.stuff_colors = colours
+    for name, share in SHARES.items():
+        if name not in DatasetCatalog and share.base in DatasetCatalog:
+            register_share(name, share)

@@ -1,4 +1,8 @@
-"""Data sets by name: registered when a configuration names them, and checked before anything runs."""
+"""Data sets by name: registered when a configuration names them, and checked before anything runs.
+
+A name that ends in ``@P%`` is a share of the data set before it, for training on few images:
+``folder_semantic@ROOT@SPLIT@5%``, ``coco_2017_train@1%``. The share is that of `jepa_plugins.core.subsets`.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,24 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from . import builtin
 from .schemes import register_by_scheme, remedy_for, require_path
+from .shares import parse_share, register_share
 
 
 def ensure_registered(names: str | Iterable[str]) -> None:
     """Register every name that `builtin` knows or that follows a scheme of `schemes`, unless it is registered.
 
     Raises:
-        ValueError: a name is neither registered nor of the form SCHEME@ROOT@SPLIT, or its files are wrong.
+        ValueError: a name is neither registered nor of the form SCHEME@ROOT@SPLIT or NAME@P%, or its files are wrong.
         FileNotFoundError: files are missing.
     """
     for name in [names] if isinstance(names, str) else names:
         if name in DatasetCatalog:
             continue
-        if name in builtin.NAMES:
+        share = builtin.SHARES.get(name) or parse_share(name)
+        if share:
+            ensure_registered(share.base)
+            register_share(name, share)
+        elif name in builtin.NAMES:
             builtin.register(name)
         else:
             register_by_scheme(name)

@@ -10,6 +10,7 @@ mask_former_instance        short side, crop, colour, flip                 annot
 coco_panoptic_lsj           flip, large-scale jitter, fixed crop           pan_seg_file_name
 coco_instance_lsj           the same                                       annotations
 coco_detection_lsj          the same, without padding (ViTDet)             annotations
+panoptic_deeplab            that of detectron2's project Panoptic-DeepLab  pan_seg_file_name
 ==========================  =============================================  ======================
 
 Two habits of the published mappers are kept because the published results rest on them: label maps are
@@ -42,6 +43,7 @@ from .catalog import ensure_registered
 from .schemes import IGNORE_LABEL
 
 PAD_PIXEL = 128  # grey level of padding, also that of detectron2's FixedSizeCrop
+PANOPTIC_DEEPLAB = "panoptic_deeplab"
 VOID = 0  # panoptic id of pixels without a segment
 
 
@@ -433,7 +435,23 @@ class InferenceMapper:
         return record
 
 
-def build_mapper(cfg: CfgNode, is_train: bool) -> TrainMapper | InferenceMapper:
+class PanopticDeepLabMapper:
+    """detectron2's mapper of its project Panoptic-DeepLab, built for the first record: it asks for the data set."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+        self._mapper: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Add "image", "sem_seg", "center", "offset" and their weights, as the project's model takes them."""
+        if self._mapper is None:
+            from detectron2.projects.panoptic_deeplab import PanopticDeeplabDatasetMapper
+
+            self._mapper = PanopticDeeplabDatasetMapper(self.cfg)
+        return self._mapper(record)
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> TrainMapper | InferenceMapper | PanopticDeepLabMapper:
     """The mapper that ``INPUT.DATASET_MAPPER_NAME`` names, or the one for inference.
 
     Raises:
@@ -444,6 +462,9 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> TrainMapper | InferenceMapper:
     if not is_train:
         return InferenceMapper(cfg)
     name = cfg.INPUT.DATASET_MAPPER_NAME
+    if name == PANOPTIC_DEEPLAB:
+        return PanopticDeepLabMapper(cfg)
     if name not in RECIPES:
-        raise ValueError(f"INPUT.DATASET_MAPPER_NAME is '{name}': use one of {', '.join(RECIPES)}.")
+        known = ", ".join((*RECIPES, PANOPTIC_DEEPLAB))
+        raise ValueError(f"INPUT.DATASET_MAPPER_NAME is '{name}': use one of {known}.")
     return TrainMapper(cfg, name)

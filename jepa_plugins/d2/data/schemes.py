@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import colorsys
 import json
-import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,26 +26,17 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from jepa_plugins.core.images import list_image_files
+from jepa_plugins.core.labelled import (
+    FOLDER_SCHEME,
+    IGNORE_LABEL,
+    SemanticFolder,
+    require_path,
+    resolve_path,
+    split_name,
+)
+from jepa_plugins.core.labelled import data_root as data_root  # of the other modules here
 
-logger = logging.getLogger(__name__)
-
-IGNORE_LABEL = 255
 LABEL_DIVISOR = 1000  # category * divisor + instance, where an evaluator wants one number
-
-
-def data_root() -> Path:
-    """The folder of all data sets: ``DETECTRON2_DATASETS``, or "datasets" in the working directory."""
-    return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
-
-
-def resolve_path(path: str) -> str:
-    """Find a path from the working directory or, if it is not there, below ``DETECTRON2_DATASETS``."""
-    here = os.path.expanduser(path)
-    if os.path.isabs(here) or os.path.exists(here):
-        return here
-    there = os.path.join(data_root(), here)
-    return there if os.path.exists(there) else here
 
 
 def remedy_for(name: str) -> str:
@@ -58,13 +47,6 @@ def remedy_for(name: str) -> str:
         "'python tools/prepare_data.py check' lists what the known data sets need; set DETECTRON2_DATASETS to the "
         "folder that holds them"
     )
-
-
-def require_path(path: Path, name: str, what: str, remedy: str) -> Path:
-    """The path; raises FileNotFoundError, in one sentence, when it does not exist."""
-    if not path.exists():
-        raise FileNotFoundError(f"Data set '{name}': {what} '{path}' does not exist: {remedy}.")
-    return path
 
 
 def _colours(count: int) -> list[list[int]]:
@@ -88,57 +70,20 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 # --- semantic: a folder of images and a folder of label images ---
 
 
-def _files_by_stem(folder: Path, name: str) -> dict[str, str]:
-    files: dict[str, str] = {}
-    for path in list_image_files(folder):
-        stem = os.path.splitext(os.path.relpath(path, folder))[0]
-        if stem in files:
-            raise ValueError(
-                f"Data set '{name}': '{files[stem]}' and '{path}' differ in the suffix alone: remove one."
-            )
-        files[stem] = path
-    return files
-
-
-def _load_semantic(name: str, image_root: Path, label_root: Path) -> list[dict[str, Any]]:
-    images, labels = _files_by_stem(image_root, name), _files_by_stem(label_root, name)
-    stems = sorted(images.keys() & labels.keys())
-    if not stems:
-        raise ValueError(
-            f"Data set '{name}': no image of '{image_root}' has a label image "
-            f"of the same name in '{label_root}'."
-        )
-    if len(stems) < max(len(images), len(labels)):
-        logger.warning(
-            "Data set '%s': %d images and %d label images, of which %d belong together and are used",
-            name,
-            len(images),
-            len(labels),
-            len(stems),
-        )
-    return [{"file_name": images[stem], "sem_seg_file_name": labels[stem]} for stem in stems]
-
-
 def _register_folder_semantic(name: str, root: Path, split: str) -> None:
-    layout = "expected ROOT/images/SPLIT, ROOT/annotations/SPLIT and ROOT/classes.txt"
-    image_root = require_path(root / "images" / split, name, "the image folder", layout)
-    label_root = require_path(root / "annotations" / split, name, "the folder of label images", layout)
-    listing = require_path(
-        root / "classes.txt", name, "the list of class names", "write one name a line, that of label 0 first"
-    )
-    classes = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not classes:
-        raise ValueError(
-            f"Data set '{name}': '{listing}' is empty: write one class name a line, label 0 first."
-        )
-    DatasetCatalog.register(name, lambda: _load_semantic(name, image_root, label_root))
+    folder = SemanticFolder.find(name, root, split)
+
+    def records() -> list[dict[str, Any]]:
+        return [{"file_name": image, "sem_seg_file_name": label} for image, label in folder.pairs()]
+
+    DatasetCatalog.register(name, records)
     MetadataCatalog.get(name).set(
-        image_root=str(image_root),
-        sem_seg_root=str(label_root),
+        image_root=str(folder.images),
+        sem_seg_root=str(folder.labels),
         evaluator_type="sem_seg",
         ignore_label=IGNORE_LABEL,
-        stuff_classes=classes,
-        stuff_colors=_colours(len(classes)),
+        stuff_classes=list(folder.classes),
+        stuff_colors=_colours(len(folder.classes)),
     )
 
 
@@ -290,7 +235,7 @@ def _register_coco_panoptic(name: str, root: Path, split: str) -> None:
 
 
 SCHEMES: dict[str, Callable[[str, Path, str], None]] = {
-    "folder_semantic": _register_folder_semantic,
+    FOLDER_SCHEME: _register_folder_semantic,
     "coco_instance": _register_coco_instance,
     "coco_panoptic": _register_coco_panoptic,
 }
@@ -302,8 +247,7 @@ def register_by_scheme(name: str) -> None:
     Raises:
         ValueError: a name of another form, or wrong files. FileNotFoundError: files are missing.
     """
-    scheme, _, place = name.partition("@")
-    root, _, split = place.rpartition("@")
+    scheme, root, split = split_name(name)
     if scheme not in SCHEMES or not root or not split:
         raise ValueError(
             f"Data set '{name}' is not registered: register it, or use a name of the form "
