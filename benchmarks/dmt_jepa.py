@@ -2,9 +2,12 @@
 """What DMT-JEPA costs over I-JEPA: time of a whole step, and of the neighbours and heads alone, in the same run.
 
     python benchmarks/dmt_jepa.py --sizes small base --batch 4
+    python benchmarks/dmt_jepa.py --masks
 
 Arms take turns, so that a change of the machine's load meets them all alike; the median over rounds counts. The paper
-reports +0.3 % time and no memory at ViT-B/16 (table 6).
+reports +0.3 % time and no memory at ViT-B/16 (table 6). --masks shows what drawing the masks costs instead: as a
+share of a step of mmseg/quick/dmt_jepa.py in the same run, and at the paper's batches, of which a process draws 256
+images, or all 2,048 with mask.scope "global".
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,11 +35,18 @@ ARMS = {
 }
 
 
+PAPERS_STEP = 606.4  # ms, I-JEPA, ViT-B/16 at 256 images a GPU (table 6)
+
+
 def build(size: str, settings: DMTJEPASettings) -> DMTJEPAModel:
-    """A model of the paper's shapes at 224 pixels and patch 16."""
-    width, depth, heads = SIZES[size]
-    encoder = VisionTransformer(224, 16, width=width, depth=depth, heads=heads)
-    predictor = Predictor(encoder.grid, width, width=384, depth=6, heads=heads)
+    """A model of the paper's shapes at 224 pixels and patch 16, or that of mmseg/quick."""
+    if size == "quick":
+        encoder = VisionTransformer(80, 8, width=192, depth=6, heads=3)
+        predictor = Predictor(encoder.grid, 192, width=96, depth=3, heads=3)
+    else:
+        width, depth, heads = SIZES[size]
+        encoder = VisionTransformer(224, 16, width=width, depth=depth, heads=heads)
+        predictor = Predictor(encoder.grid, width, width=384, depth=6, heads=heads)
     return DMTJEPAModel(encoder, predictor, settings).train()
 
 
@@ -56,8 +67,9 @@ class Arm:
     def __init__(self, size: str, settings: DMTJEPASettings, batch: int, device: str) -> None:
         torch.manual_seed(0)
         self.model = build(size, settings).to(device)
-        self.images = torch.randn(batch, 3, 224, 224, device=device)
         grid = self.model.encoder.grid
+        pixels = [self.model.encoder.patch_size * side for side in grid]
+        self.images = torch.randn(batch, 3, *pixels, device=device)
         self.masks = draw_masks(MultiBlock(), grid, 0, torch.arange(batch), 0).to(torch.device(device))
         width = self.model.encoder.width
         self.patches = torch.randn(batch, grid[0] * grid[1], width, device=device)
@@ -100,16 +112,52 @@ def measure(size: str, batch: int, rounds: int, device: str) -> None:
         )
 
 
+def draw(batch: int, grid: tuple[int, int], sampler: str, number: int) -> None:
+    """Masks of the batch of a number."""
+    index = torch.arange(number * batch, (number + 1) * batch)
+    draw_masks(MultiBlock(grid=sampler), grid, 0, index, number * batch)
+
+
+def measure_masks(rounds: int, device: str) -> None:
+    """Print what drawing costs; steps and all draws take turns."""
+    arm, batch = Arm("quick", ARMS["DMT-JEPA, learned"], 32, device), 32
+    cases = [("ijepa", batch, (10, 10))]
+    cases += [(sampler, size, (14, 14)) for sampler in ("ijepa", "full_grid") for size in (256, 2048)]
+    steps: list[float] = []
+    draws: dict[tuple, list[float]] = {case: [] for case in cases}
+    for round_ in range(rounds + 1):
+        step = seconds(arm.step)
+        times = [seconds(partial(draw, size, grid, name, round_)) for name, size, grid in cases]
+        if round_:  # the first one warms up
+            steps.append(step)
+            for case, time_ in zip(cases, times, strict=True):
+                draws[case].append(time_)
+    median = 1000 * statistics.median(steps)
+    for (sampler, size, grid), values in draws.items():
+        took = 1000 * statistics.median(values)
+        quick = size == batch
+        of = f"the quick step's {median:,.1f} ms" if quick else f"the paper's {PAPERS_STEP} ms"
+        share = took / (median if quick else PAPERS_STEP)
+        print(
+            f"masks {sampler:9} {size:5} images of {grid[0]}x{grid[1]}: {took:6.2f} ms "
+            f"(least {1000 * min(values):.2f}) = {share:.2%} of {of}"
+        )
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=["small", "base"])
+    parser.add_argument("--sizes", nargs="+", choices=["quick", *sorted(SIZES)], default=["small", "base"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--masks", action="store_true", help="measure drawing the masks instead")
     args = parser.parse_args()
+    if args.masks:
+        measure_masks(args.rounds, args.device)
+        return
     for size in args.sizes:
         measure(size, args.batch, args.rounds, args.device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,53 +109,75 @@ def draw_masks(
     draws = keyed_uniform(sizes, (2,))[0].tolist()
     target = settings.block_size(draws[0], shape, settings.target_scale, settings.target_aspect)
     context = settings.block_size(draws[1], shape, settings.context_scale, (1.0, 1.0))
-    keys = sample_keys(seed, sample_index, "target places")
-    places = keyed_uniform(keys, (settings.targets, 2))
-    targets = blocks_at(places, target, shape, settings.grid)
-    kept = context_cells(settings, targets, context, shape, sample_keys(seed, sample_index, "context places"))
-    fewest = int(kept.sum(1).min())
-    index = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :fewest]
-    return Masks(index, targets)
+    places = Places(target, shape, settings.grid)
+    drawn = places.at(keyed_uniform(sample_keys(seed, sample_index, "target places"), (settings.targets, 2)))
+    keys = sample_keys(seed, sample_index, "context places")
+    kept = context_cells(settings, ~places.cells, drawn, Places(context, shape, settings.grid), keys)
+    return Masks(first_patches(kept), places.patches.index_select(0, drawn.flatten()).view(*drawn.shape, -1))
 
 
-def blocks_at(uniforms: Tensor, size: tuple[int, int], shape: tuple[int, int], grid: str) -> Tensor:
-    """Patches of blocks at random places: uniforms [..., 2] in [0, 1) -> int64 [..., height * width]."""
-    room = [side - part + (grid == "full_grid") for side, part in zip(shape, size, strict=True)]
-    top = (uniforms[..., 0] * room[0]).long()
-    left = (uniforms[..., 1] * room[1]).long()
-    rows = top[..., None] + torch.arange(size[0])
-    columns = left[..., None] + torch.arange(size[1])
-    return (rows[..., :, None] * shape[1] + columns[..., None, :]).flatten(-2)
+class Places:
+    """All places of a block in a grid, by their top row, then their left column.
+
+    A batch shares its block sizes and a grid has few places, so images take rows of two small tables.
+
+    Attributes:
+        patches: of each place, int64 [places, height * width]; cells: the same as bool [places, all patches].
+    """
+
+    def __init__(self, size: tuple[int, int], shape: tuple[int, int], grid: str) -> None:
+        self.size = size
+        self.room = [side - part + (grid == "full_grid") for side, part in zip(shape, size, strict=True)]
+        corners, offsets = (
+            (torch.arange(height)[:, None] * shape[1] + torch.arange(width)).flatten()
+            for height, width in (self.room, size)
+        )
+        self.patches = corners[:, None] + offsets
+        self.cells = torch.zeros(len(corners), shape[0] * shape[1], dtype=torch.bool)
+        self.cells.scatter_(1, self.patches, True)
+
+    def at(self, uniforms: Tensor) -> Tensor:
+        """Numbers of places: uniforms [..., 2] in [0, 1) -> int64 [...]."""
+        top = (uniforms[..., 0] * self.room[0]).long()
+        return top * self.room[1] + (uniforms[..., 1] * self.room[1]).long()
 
 
-def as_cells(index: Tensor, count: int) -> Tensor:
-    """Patch numbers int64 [..., n] -> bool [..., count]."""
-    return torch.zeros(*index.shape[:-1], count, dtype=torch.bool).scatter_(-1, index, True)
+def first_patches(kept: Tensor) -> Tensor:
+    """Patches that are kept, bool [B, patches], as many as every image has: int64 [B, n], in raster order."""
+    # The smallest type that can count them: these are the largest arrays of a draw.
+    rank = kept.cumsum(1, dtype=torch.int16 if kept.shape[1] < 2**15 else torch.int32)
+    fewest = int(rank[:, -1].min())
+    # numpy finds them several times as fast as torch does
+    flat = torch.from_numpy(np.flatnonzero((kept & (rank <= fewest)).numpy())).view(len(kept), fewest)
+    return flat - torch.arange(len(kept))[:, None] * kept.shape[1]
 
 
 def context_cells(
-    settings: MultiBlock, targets: Tensor, size: tuple[int, int], shape: tuple[int, int], keys: Tensor
+    settings: MultiBlock, outside: Tensor, targets: Tensor, context: Places, keys: Tensor
 ) -> Tensor:
     """Context blocks without target patches: bool [B, patches], each with more than `min_keep` patches.
 
     Places are tried again for the images where too few are left; after every `TRIES` failures one more of
     their target blocks, from the last, may overlap the context.
+
+    Args:
+        outside: bool [places, patches], what a target block leaves; targets: their places, int64 [B, blocks].
+        context: places of its block, chosen by keys int64 [B].
     """
-    count = shape[0] * shape[1]
-    taken = as_cells(targets, count)  # [B, blocks, patches]
-    kept = torch.zeros(len(targets), count, dtype=torch.bool)
+    kept = torch.zeros(len(targets), outside.shape[1], dtype=torch.bool)
     open_rows = torch.arange(len(targets))
     for attempt in range(TRIES * (settings.targets + 1)):
-        respected = settings.targets - attempt // TRIES
         draws = keyed_uniform(keys[open_rows], (attempt + 1, 2))[:, -1]
-        block = as_cells(blocks_at(draws, size, shape, settings.grid), count)
-        free = block & ~taken[open_rows, :respected].any(1)
+        free = context.cells.index_select(0, context.at(draws))
+        for place in targets[open_rows, : settings.targets - attempt // TRIES].unbind(1):
+            free &= outside.index_select(0, place)
         enough = free.sum(1) > settings.min_keep
         kept[open_rows[enough]] = free[enough]
         open_rows = open_rows[~enough]
         if len(open_rows) == 0:
             return kept
+    height, width = context.size
     raise ValueError(
-        f"context blocks of {size[0]}x{size[1]} patches hold no more than min_keep {settings.min_keep}: "
+        f"context blocks of {height}x{width} patches hold no more than min_keep {settings.min_keep}: "
         "give larger images, smaller patches or a lower min_keep"
     )

@@ -1,11 +1,13 @@
-"""Multi-block masks by their properties."""
+"""Multi-block masks by their properties, and those drawn so far: a run that resumes must draw the same."""
+
+import hashlib
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_plugins.core.multiblock import MultiBlock, draw_masks
+from jepa_plugins.core.multiblock import Masks, MultiBlock, draw_masks
 
 SHAPES = st.tuples(st.integers(6, 20), st.integers(6, 20))
 
@@ -59,6 +61,34 @@ def test_only_the_full_grid_reaches_the_last_row_and_column() -> None:
         used[grid] = cells.view(12, 16)
     assert not bool(used["ijepa"][-1].any() | used["ijepa"][:, -1].any())
     assert bool(used["full_grid"].all())
+
+
+def digest(masks: Masks) -> str:
+    """Of shapes, types and values."""
+    sums = hashlib.sha256()
+    for part in (masks.context, masks.targets):
+        sums.update(str((tuple(part.shape), part.dtype)).encode())
+        sums.update(part.contiguous().numpy().tobytes())
+    return sums.hexdigest()[:16]
+
+
+# Settings, grid, seed, images, and what the sampler drew when the first runs were trained.
+DRAWN = [
+    ({}, (14, 14), 0, 256, "9c87e5bbe76e3270"),
+    ({}, (14, 14), 3, 2048, "02681e1cfad7132d"),
+    ({"grid": "full_grid"}, (14, 14), 1, 64, "777709bc59bcac8f"),
+    ({}, (10, 10), 0, 32, "9741b42d064a8d76"),
+    ({"grid": "full_grid"}, (26, 26), 2, 16, "903300968df7ff5b"),
+    ({}, (16, 9), 7, 33, "3b9c796fd40ad691"),
+    ({"target_scale": (0.4, 0.4), "min_keep": 20}, (6, 6), 0, 64, "a3b1c9ed789e24af"),  # places tried again
+    ({"grid": "full_grid", "targets": 6, "min_keep": 30}, (8, 70), 5, 48, "f1b39035bddd07cb"),
+]
+
+
+@pytest.mark.parametrize(("options", "shape", "seed", "images", "want"), DRAWN)
+def test_the_same_masks_as_ever(options, shape, seed, images, want) -> None:
+    index = torch.arange(images) + 5 * images
+    assert digest(draw_masks(MultiBlock(**options), shape, seed, index, 5 * images)) == want
 
 
 def test_small_grids_let_targets_overlap_the_context_rather_than_fail() -> None:
