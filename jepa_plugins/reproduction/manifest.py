@@ -8,7 +8,7 @@ configurations and the papers' numbers, and `rows` are the papers' rows, which n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -81,7 +81,7 @@ class Run:
     """A pre-training or an experiment.
 
     Attributes:
-        name: in the manifest; config: below configs/; overrides: of its keys.
+        name: in the manifest; config: below configs/, empty only when it waits; overrides: of its keys.
         data: keys of `data`; weights: key of `weights` or empty.
         gpu_hours: of the full run, and hours_source: where that number comes from; None and empty when unknown.
         batch: images of an optimiser step; waits_for: what the project does not have yet.
@@ -89,7 +89,7 @@ class Run:
     """
 
     name: str
-    config: str
+    config: str = ""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     data: tuple[str, ...] = ()
     weights: str = ""
@@ -101,8 +101,8 @@ class Run:
 
     @property
     def toolkit(self) -> str:
-        """detectron2 or mmengine, by the configuration's folder."""
-        return "detectron2" if self.config.startswith("detectron2/") else "mmengine"
+        """detectron2 or mmengine, by the configuration's folder; empty without a configuration."""
+        return {"detectron2": "detectron2", "mmseg": "mmengine"}.get(self.config.split("/")[0], "")
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ class Row:
         number: 1 to 123; item: what it is; paper: key of `PAPERS`, or both for the project's own needs.
         where: sections, tables and figures; toolkits: detectron2, mmengine, or none; origin: of `ORIGINS`.
         pretrainings, experiments: names; quotes: numbers of other papers.
+        weights: public files that a run of one's own could start from.
         tests: of a component, file::test; commands: of a figure.
         waits_for: what the project does not have yet; notes: keys of `notes`, the papers' contradictions.
     """
@@ -163,6 +164,7 @@ class Row:
     pretrainings: tuple[str, ...] = ()
     experiments: tuple[str, ...] = ()
     quotes: tuple[Quote, ...] = ()
+    weights: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     waits_for: str = ""
@@ -233,6 +235,20 @@ def default_path() -> Path:
     return config_root() / "reproduction.yaml"
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values only; a name that stands twice in a mapping is an error, not the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, and not where values are made: by then a merge (<<) has joined its names to the mapping's own.
+        node = super().compose_mapping_node(anchor)
+        names = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in names:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} stands twice", key.start_mark)
+            names.add(str(key.value))
+        return node
+
+
 def load_manifest(path: str | Path | None = None) -> Manifest:
     """Read and check a manifest.
 
@@ -242,7 +258,7 @@ def load_manifest(path: str | Path | None = None) -> Manifest:
     """
     path = Path(path) if path is not None else default_path()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe loader
     except yaml.YAMLError as error:
         raise ManifestError(f"{path} is no yaml file: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):
@@ -267,15 +283,22 @@ def load_manifest(path: str | Path | None = None) -> Manifest:
 
 
 def _row(**entry: Any) -> Row:
-    quotes = tuple(_entry("quote", str(q.get("label")), Quote, q) for q in entry.pop("quotes", ()))
-    return _entry("row", str(entry.get("number")), Row, {**entry, "quotes": quotes})
+    name, found = str(entry.get("number")), entry.pop("quotes", ())
+    if not isinstance(found, (list, tuple)) or not all(isinstance(quote, Mapping) for quote in found):
+        raise ManifestError(f"row {name}: quotes is a list of mappings with label, metrics and so on")
+    quotes = tuple(_entry("quote", str(quote.get("label")), Quote, quote) for quote in found)
+    return _entry("row", name, Row, {**entry, "quotes": quotes})
 
 
-def _table(content: Mapping[str, Any], part: str, build: Callable[..., Any], key: str = "name") -> dict:
+def _table(content: Mapping[str, Any], part: str, build: Any, key: str = "name") -> dict:
     entries = content.get(part) or {}
+    if not isinstance(entries, Mapping):
+        raise ManifestError(f"{part} is no mapping from names to entries")
     built = {}
     for name, entry in entries.items():
-        values = {key: name, **(entry or {})}
+        if not isinstance(entry, Mapping):
+            raise ManifestError(f"{part} {name} is no mapping")
+        values = {key: name, **{str(k): v for k, v in entry.items()}}
         built[name] = build(**values) if build is _row else _entry(part, str(name), build, values)
     return built
 
@@ -289,11 +312,19 @@ def _entry(part: str, name: str, kind: type, values: Mapping[str, Any]) -> Any:
     for key, value in values.items():
         if str(fields[key].type).startswith("tuple"):
             value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        elif str(fields[key].type).startswith("Mapping") and not isinstance(value, Mapping):
+            raise ManifestError(f"{part} {name}: {key} is no mapping")
+        if key in ("metrics", "spread") and (bad := [k for k, v in value.items() if not _is_number(v)]):
+            raise ManifestError(f"{part} {name}: {key} of {', '.join(bad)} is no number")
         ready[key] = value
     try:
         return kind(**ready)
     except TypeError as error:
         raise ManifestError(f"{part} {name}: {str(error).split('__init__() ')[-1]}") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check(manifest: Manifest) -> None:
@@ -307,7 +338,10 @@ def _check(manifest: Manifest) -> None:
     for run in (*manifest.pretrainings.values(), *manifest.experiments.values()):
         known(run.name, run.data, manifest.data, "data")
         known(run.name, [run.weights], manifest.weights, "weights")
-        if manifest.family(run.config).pretrains != isinstance(run, Pretraining):
+        if not run.config:
+            if not run.waits_for:
+                raise ManifestError(f"{run.name} has no config, and says not what it waits for")
+        elif manifest.family(run.config).pretrains != isinstance(run, Pretraining):
             raise ManifestError(f"{run.name} stands in the wrong part of the manifest for {run.config}")
     for run in manifest.experiments.values():
         known(run.name, [run.pretraining], manifest.pretrainings, "pretrainings")
@@ -318,6 +352,7 @@ def _check(manifest: Manifest) -> None:
         owner = f"row {row.number}"
         known(owner, row.pretrainings, manifest.pretrainings, "pretrainings")
         known(owner, row.experiments, manifest.experiments, "experiments")
+        known(owner, row.weights, manifest.weights, "weights")
         known(owner, row.notes, manifest.notes, "notes")
         known(owner, row.paper, PAPERS, "papers")
         known(owner, row.origin, dict.fromkeys(ORIGINS), "origins")

@@ -225,14 +225,20 @@ class Planner:
             raise ManifestError(
                 f"row {row.number} is a {row.kind}: there is nothing to run; see 'show {row.number}'"
             )
-        rows = self.scale_data.get("rows")
-        if rows is not None and row.number not in rows:
-            known = ", ".join(map(str, rows))
-            raise ManifestError(
-                f"row {row.number} has no {self.choice.scale} version; rows that have one: {known}"
-            )
         runs: list[Run] = [self.manifest.experiments[name] for name in row.experiments]
         runs = [self.manifest.pretrainings[name] for name in row.pretrainings] + runs
+        only = self.scale_data.get("only")
+        if only is not None:
+            runs = [run for run in runs if run.name in only]
+            if not runs:
+                known = [
+                    str(n)
+                    for n, r in self.manifest.rows.items()
+                    if {*r.experiments, *r.pretrainings} & {*only}
+                ]
+                raise ManifestError(
+                    f"row {row.number} has no {self.choice.scale} version; rows that have one: {', '.join(known)}"
+                )
         ready = [run for run in runs if not self.waits(run)]
         if not ready:
             waits = row.waits_for or ", ".join(sorted({self.waits(run) for run in runs}))
@@ -266,10 +272,16 @@ class Planner:
 
     def _pretraining(self, run: Pretraining, seed: int) -> Stage:
         folder = self.base / "pretrain" / run.name / f"seed_{seed}"
-        return self._add(self._training(run, seed, folder, "pretrain", {}, self._data()))
+        return self._add(self._training(run, seed, folder, "pretrain", self._public(run), self._data()))
+
+    def _public(self, run: Run) -> dict[str, Part]:
+        """Override for the public weights that a full-size run starts from."""
+        if not run.weights or self.choice.scale != "full":
+            return {}
+        return {self.family(run).weights_key: self.manifest.weights[run.weights].file}
 
     def _experiment(self, run: Experiment, seed: int) -> Stage:
-        family, weights, needs = self.family(run), {}, self._data()
+        family, needs = self.family(run), self._data()
         if run.pretraining:
             pretraining = self.manifest.pretrainings[run.pretraining]
             first = self._pretraining(pretraining, seed if self.choice.pretraining_seeds else 0)
@@ -279,8 +291,8 @@ class Planner:
                 exported = self._export(first, family, run)
                 file, needs = str(exported.folder / "export.pth"), (*needs, exported.name)
             weights = {family.weights_key: file}
-        elif run.weights and self.choice.scale == "full":
-            weights = {family.weights_key: self.manifest.weights[run.weights].file}
+        else:
+            weights = self._public(run)
         folder = self.base / "experiments" / run.name / f"seed_{seed}"
         return self._add(self._training(run, seed, folder, "experiment", weights, needs))
 
@@ -469,16 +481,46 @@ def needs_of(manifest: Manifest, rows: Iterable[Row], data_root: Path) -> list[N
         needs.append(Need(name, "data", there, str(entry.get("how", ""))))
     for name in dict.fromkeys(run.weights for run in runs if run.weights):
         weights = manifest.weights[name]
-        needs.append(Need(name, "weights", Path(weights.file).expanduser().is_file(), weights.how))
+        fetched = "://" in weights.file  # by the toolkit, when it is needed
+        needs.append(Need(name, "weights", fetched or Path(weights.file).expanduser().is_file(), weights.how))
     return needs
 
 
-def hours_of(manifest: Manifest, rows: Iterable[Row], seeds: int = 1) -> list[tuple[str, float | None, str]]:
-    """GPU-hours of the full-size runs of rows: name, hours (None when nobody has said), where that comes from."""
+@dataclass(frozen=True)
+class Hours:
+    """GPU-hours of a full-size run, over its seeds.
+
+    Attributes:
+        name: of the run; hours: None when nobody has said; source: of the number.
+    """
+
+    name: str
+    hours: float | None
+    source: str
+
+
+def hours_of(
+    manifest: Manifest, rows: Iterable[Row], seeds: int = 1, costs: Iterable[Mapping[str, Any]] = ()
+) -> list[Hours]:
+    """What the full-size runs of rows take: as measured on a GPU, or else as the papers say.
+
+    Args:
+        costs: contents of files that benchmarks/cost.py wrote.
+    """
+    measured = {
+        entry["config"]: (
+            entry["gpu_hours"],
+            f"measured on {' and '.join(file['hardware']['gpus']) or 'a GPU'}",
+        )
+        for file in costs
+        for entry in file["runs"]
+        if entry.get("gpu_hours") is not None
+    }
     chosen = list(rows)
-    pretrainings: list[tuple[Run, int]] = [(run, 1) for run in manifest.pretrainings_of(chosen)]
-    runs = pretrainings + [(run, seeds) for run in manifest.experiments_of(chosen)]
-    return [
-        (run.name, None if run.gpu_hours is None else run.gpu_hours * times, run.hours_source)
-        for run, times in runs
-    ]
+    runs: list[tuple[Run, int]] = [(run, 1) for run in manifest.pretrainings_of(chosen)]
+    runs += [(run, seeds) for run in manifest.experiments_of(chosen) if not run.finished]
+    found = []
+    for run, times in runs:
+        hours, source = measured.get(run.config, (run.gpu_hours, run.hours_source))
+        found.append(Hours(run.name, None if hours is None else hours * times, source))
+    return found

@@ -26,8 +26,10 @@ FIGURE_1: Mapping[str, Mapping[int, str]] = {
     "ResNet-50": {18: "panoptic_seg/PQ", 19: "segm/AP", 20: "sem_seg/mIoU"},
     "Swin-T": {21: "panoptic_seg/PQ", 22: "segm/AP", 23: "sem_seg/mIoU"},
 }
-_STYLE = {
+WIDTH = 5.6  # inches
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "svg.hashsalt": "jepa_plugins",
     "font.family": ["sans-serif"],
     "font.size": 9,
@@ -80,7 +82,7 @@ def draw_figure_1(bars: Sequence[Bar]) -> str:
         from matplotlib.patches import Patch
 
         backbones = list(dict.fromkeys(bar.backbone for bar in bars))
-        figure = Figure(figsize=(5.6, 2.75 * len(backbones)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.75 * len(backbones)), layout="constrained")
         grid = figure.subplots(len(backbones), 1, squeeze=False, sharey=True)
         for axes, backbone in zip(grid[:, 0], backbones, strict=True):
             _draw_bars(axes, [bar for bar in bars if bar.backbone == backbone])
@@ -147,18 +149,24 @@ def draw_section(section: Section, name: str) -> str:
     with _style():
         from matplotlib.figure import Figure
 
-        lines = [len(panel) for panel in panels.values()]
-        height = 0.6 + sum(0.42 + 0.235 * count for count in lines)
-        figure = Figure(figsize=(5.6, height), layout="constrained")
-        grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[c + 0.9 for c in lines])
-        for axes, (label, panel) in zip(grid[:, 0], panels.items(), strict=True):
-            _draw_dots(axes, panel)
-            axes.set_title(label, fontsize=9, loc="left", fontweight="bold")
+        labels = {label: _tick_labels([title for title, _ in panel]) for label, panel in panels.items()}
+        lines = sum(len(panel) for panel in panels.values())
+        height = 0.4 + 0.58 * len(panels) + 0.21 * lines  # inches
+        figure = Figure(figsize=(WIDTH, height))
+        longest = max(len(text) for texts in labels.values() for text in texts)
+        left, top = min(0.15 + 0.064 * longest, 0.55 * WIDTH), height
+        for label, panel in panels.items():  # placed by hand: a layout engine would draw everything twice
+            tall = 0.21 * len(panel)
+            top -= 0.3 + tall
+            place = (left / WIDTH, top / height, 1 - (left + 0.2) / WIDTH, tall / height)
+            _draw_dots(figure.add_axes(place), panel, labels[label])
+            figure.axes[-1].set_title(label, fontsize=9, loc="left", fontweight="bold", pad=3)
+            top -= 0.28
         _dot_legend(figure, section)
         return to_svg(figure, name, f"{section.title}: the numbers of the table above")
 
 
-def _draw_dots(axes: Axes, panel: Sequence[tuple[str, Any]]) -> None:
+def _draw_dots(axes: Axes, panel: Sequence[tuple[str, Any]], labels: Sequence[str]) -> None:
     for y, (_, line) in enumerate(panel):
         if line.ours is not None:
             if line.paper is not None:
@@ -167,8 +175,7 @@ def _draw_dots(axes: Axes, panel: Sequence[tuple[str, Any]]) -> None:
             axes.plot(line.ours.median, y, "o", color=ACCENT, ms=5.5, zorder=4)
         if line.paper is not None:
             axes.plot(line.paper, y, "D", mfc="none", mec=INK, ms=6, zorder=3)
-    titles = [_shortened(title) for title, _ in panel]
-    axes.set_yticks(range(len(panel)), titles, fontsize=8)
+    axes.set_yticks(range(len(panel)), labels, fontsize=8)
     axes.set_ylim(len(panel) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=7.5)
@@ -187,11 +194,14 @@ def _dot_legend(figure: Figure, section: Section) -> None:
     if section.measured:
         ours = "ours: median, lowest to highest seed"
         handles.append(Line2D([], [], color=ACCENT, lw=2.5, marker="o", ms=5.5, label=ours))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8.5)
+    figure.legend(handles=handles, loc="lower center", ncols=2, fontsize=8.5, borderaxespad=0.1)
 
 
-def _shortened(title: str) -> str:
-    return textwrap.shorten(title, 46, placeholder=" ...")
+def _tick_labels(titles: Sequence[str]) -> list[str]:
+    """Titles without their last part, which mostly says the task of the whole panel, where that loses nothing."""
+    short = [title.rsplit(", ", 1)[0] for title in titles]
+    chosen = short if len(set(short)) == len(set(titles)) else titles
+    return [textwrap.shorten(title, 48, placeholder=" ...") for title in chosen]
 
 
 # --- SVG
@@ -216,9 +226,11 @@ def to_svg(figure: Figure, name: str, text: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r">\s+<", "><", svg)
     for placeholder, colour in _COLOURS.items():
         svg = svg.replace(placeholder, colour)
     head = f'<svg role="img" aria-label="{html.escape(text, quote=True)}" '

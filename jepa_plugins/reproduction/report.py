@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from jepa_plugins.reproduction.manifest import PAPERS, Manifest, Row
-from jepa_plugins.reproduction.plots import Bar, figure_1_bars
-from jepa_plugins.reproduction.report_html import cost_columns, cost_lines, cost_text, html
+from jepa_plugins.reproduction.plots import FIGURE_1, Bar, figure_1_bars
+from jepa_plugins.reproduction.report_cells import (
+    NO_COSTS,
+    commits_of,
+    cost_lines,
+    cost_table,
+    facts_of,
+    ours_text,
+    paper_text,
+    signed,
+)
+from jepa_plugins.reproduction.report_html import html
 from jepa_plugins.reproduction.report_rows import (
     COST_ROWS,
     NO_RESULT,
@@ -21,14 +31,10 @@ from jepa_plugins.reproduction.report_rows import (
     Entry,
     RowReport,
     Section,
-    commits_of,
-    facts_of,
-    ours_text,
-    paper_text,
+    cost_runs,
     report_rows,
     results_of,
     sections,
-    signed,
 )
 from jepa_plugins.reproduction.report_text import list_table, print_list, show_text
 from jepa_plugins.reproduction.results import Result
@@ -52,11 +58,14 @@ class Report:
 
     Attributes:
         scale: of the results; rows: see `report_rows`; bars: of Mask-JEPA's figure 1, empty without its rows.
+        other_costs: measurements that belong to none of the rows; left_out: rows that were not asked for.
     """
 
     scale: str
     rows: Sequence[RowReport]
     bars: Sequence[Bar]
+    other_costs: Sequence[Mapping[str, Any]] = ()
+    left_out: int = 0
 
     @property
     def scale_text(self) -> str:
@@ -74,7 +83,7 @@ class Report:
         if self.scale == "full":
             return ""
         name, text = self.scale_text.split(": ", 1)
-        return f"Scale {name}: {text}. Differences to the papers and gains on this page say nothing about either method."
+        return f"Scale {name}: {text}. Differences and gains say nothing about either method."
 
     @cached_property
     def results(self) -> list[Result]:
@@ -89,7 +98,13 @@ class Report:
         done = {r.name for r in self.results if r.kind == "experiment"}
         states = Counter(row.state for row in self.rows)
         commits = ", ".join(f"{commit} ({count})" for commit, count in commits_of(self.results).items())
+        partly = (
+            [f"{self.left_out} rows were not asked for: tables show the others alone"]
+            if self.left_out
+            else []
+        )
         return [
+            *partly,
             f"{len(self.rows)} rows: "
             + (", ".join(f"{n} {state}" for state, n in states.most_common()) or "none"),
             f"{len(names & done)} of {len(names)} experiments have a result",
@@ -111,10 +126,14 @@ def build_report(
 ) -> Report:
     """Everything for `markdown` and `html`; arguments as of `report_rows`."""
     chosen = None if rows is None else list(rows)
-    found = list(results)
-    shown = report_rows(manifest, found, scale, states, chosen, costs)
-    wanted = {row.row.number for row in shown} & set(range(18, 24))
-    return Report(scale, shown, figure_1_bars(manifest, found, scale) if wanted else [])
+    found, measured = list(results), cost_runs(costs)
+    shown = report_rows(manifest, found, scale, states, chosen, [measured])
+    wanted = {row.row.number for row in shown} & {row for rows in FIGURE_1.values() for row in rows}
+    bars = figure_1_bars(manifest, found, scale) if wanted else []
+    placed = [entry for row in shown for entry in row.costs]
+    return Report(
+        scale, shown, bars, [e for e in measured if e not in placed], len(manifest.rows) - len(shown)
+    )
 
 
 def write(
@@ -270,14 +289,14 @@ def _figure_1(report: Report) -> list[str]:
 def _costs(report: Report) -> list[str]:
     parts: list[str] = []
     for row in (row for row in report.rows if row.row.number in COST_ROWS):
-        parts.append(f"### Row {row.row.number}: {_cell(row.row.item)}")
+        where = f" ({', '.join(row.row.where)})" if row.row.where else ""
+        parts.append(f"### {_cell(f'Row {row.row.number}: {row.row.item}{where}')}")
         parts += [_cell(text) for text in cost_lines(row)]
-        names = cost_columns(row)
-        body = [[cost_text(entry.get(name)) for name in names] for entry in row.costs]
-        head = [_cell(name.replace("_", " ")) for name in names]
-        parts.append(_table(head, body) if body else "Ours: no measurement yet.")
+        parts.append(_table(*cost_table(row.costs)) if row.costs else NO_COSTS)
         parts += [f"- {_cell(note)}" for note in row.notes]
-    return ["## Costs of pre-training", *parts] if parts else []
+    if report.other_costs:
+        parts += ["### Other configurations", _table(*cost_table(report.other_costs))]
+    return ["## Costs of training", *parts] if parts else []
 
 
 def _overview(report: Report) -> list[str]:

@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from jepa_plugins.reproduction import plots
 from jepa_plugins.reproduction.manifest import PAPERS
+from jepa_plugins.reproduction.report_cells import (
+    NO_COSTS,
+    cost_lines,
+    cost_table,
+    facts_of,
+    ours_text,
+    paper_text,
+    signed,
+)
 from jepa_plugins.reproduction.report_rows import (
     COST_ROWS,
     NO_RESULT,
@@ -16,12 +25,7 @@ from jepa_plugins.reproduction.report_rows import (
     Line,
     RowReport,
     Section,
-    facts_of,
-    ours_text,
-    paper_text,
-    plain,
     sections,
-    signed,
 )
 from jepa_plugins.reproduction.results import Result
 
@@ -45,14 +49,18 @@ h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; } p, ul { max-width: 48rem; } cod
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .5rem .6rem; color: var(--soft); font-size: .85rem; }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; }
-thead th { border-bottom: 2px solid var(--line); white-space: nowrap; }
-tbody { border-bottom: 1px solid var(--line); } tbody th { font-weight: 600; min-width: 9rem; max-width: 22rem; }
-tbody.even { background: var(--stripe); } .number { text-align: right; white-space: nowrap; }
-.more { color: var(--good); } .less { color: var(--bad); } .none, .soft { color: var(--soft); }
-.none { font-weight: 400; } .soft { font-weight: 400; font-size: .8rem; } .name { white-space: nowrap; }
+thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
+tbody { border-bottom: 1px solid var(--line); } tbody th { font-weight: 400; }
+.group th { font-weight: 600; background: var(--stripe); padding-top: .45rem; } .ours { text-align: right; }
+.number { text-align: right; white-space: nowrap; } #rows tr { border-bottom: 1px solid var(--line); }
+#rows tbody th { min-width: 14rem; max-width: 36rem; }
+thead .number { white-space: normal; } .ours .soft { white-space: nowrap; }
+.full .more { color: var(--good); } .full .less { color: var(--bad); } .none, .soft { color: var(--soft); }
+.soft { font-weight: 400; font-size: .8rem; }
 .notes { border-left: .3rem solid var(--accent); padding: .1rem .9rem; margin: .6rem 0; font-size: .9rem;
   max-width: 60rem; } .notes p { margin: .4rem 0; max-width: none; }
-figure { margin: .75rem 0; max-width: 44rem; } figure svg { width: 100%; height: auto; display: block; }
+figure { margin: .75rem 0; max-width: 44rem; overflow-x: auto; }
+figure svg { width: 100%; height: auto; display: block; } details figure svg { min-width: 26rem; }
 figcaption { color: var(--soft); font-size: .85rem; } details { margin: .5rem 0; }
 summary { cursor: pointer; padding: .35rem 0; } dl { display: grid; grid-template-columns: max-content 1fr;
   gap: .15rem 1rem; margin: .3rem 0 1rem; font-size: .85rem; } dt { color: var(--soft); }
@@ -60,10 +68,12 @@ dd { margin: 0; overflow-wrap: anywhere; } nav ul { columns: 16rem; padding-left
 .filter { display: flex; gap: .6rem; align-items: center; flex-wrap: wrap; } .filter[hidden] { display: none; }
 .filter input { font: inherit; padding: .3rem .6rem; border: 1px solid var(--soft); border-radius: .3rem;
   color: inherit; background: transparent; min-width: min(22rem, 100%); }
-@media (min-width: 90rem) { .beside { display: grid; grid-template-columns: minmax(0, 1fr) 34rem; gap: 1.5rem;
-  align-items: start; } }
+@media (min-width: 80rem) { .beside { display: grid; grid-template-columns: minmax(0, 1fr) 31rem; gap: 1.5rem;
+  align-items: start; } .beside:has(> div > details:not([open])) { display: block; } }
+@media (min-width: 40rem) { .ours { white-space: nowrap; } }
 @media (max-width: 40rem) { body { font-size: 15px; } dl { grid-template-columns: 1fr; } dd { margin-bottom: .3rem; }
-  th, td { padding: .3rem .4rem; } tbody th { min-width: 7.5rem; max-width: 10rem; } }
+  th, td { padding: .25rem .35rem; } table { font-size: .8rem; } .ours .soft { display: block; }
+  .keep { position: sticky; left: .35rem; display: inline-block; max-width: calc(100vw - 3rem); } }
 @media print { body { max-width: none; } .wide { overflow: visible; border: 0; } .filter { display: none; } }
 """
 _SCRIPT = """
@@ -93,7 +103,8 @@ def html(report: Report) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f'<body class="{escape(report.scale)}">\n'
         + "\n".join(part for part in body if part)
         + f"\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
@@ -114,7 +125,8 @@ def _head(report: Report) -> str:
 def _contents(tables: Sequence[Section], report: Report) -> str:
     links = [("figure-1-mask-jepa", "Figure 1 of Mask-JEPA")] if report.bars else []
     links += [(_id(section), section.title) for section in tables]
-    links += [("costs", "Costs"), ("all-rows", "All rows"), ("protocol", "Results and their protocols")]
+    links += [("costs", "Costs of training")] if _costs(report) else []
+    links += [("all-rows", "All rows"), ("protocol", "Results and their protocols")]
     items = "".join(element("li", element("a", escape(text), href=f"#{target}")) for target, text in links)
     return f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
 
@@ -193,44 +205,46 @@ def _header(names: Mapping[str, str]) -> str:
 
 
 def _table(section: Section, report: Report) -> str:
-    names = ["Row", "Experiment", "Metric", "Paper", "Ours: median (range, seeds)", "Ours - paper"]
-    names += ["Gain: paper", "Gain: ours", "Origin", "State"]
-    numeric = {"Paper", "Ours: median (range, seeds)", "Ours - paper", "Gain: paper", "Gain: ours"}
-    head = _header(
-        {name.replace(" - ", " \N{MINUS SIGN} "): "number" if name in numeric else "" for name in names}
-    )
+    numbers = ("Paper", "Ours", "Ours \N{MINUS SIGN} paper", "Gain, paper", "Gain, ours")
+    head = _header({"Metric": "", **dict.fromkeys(numbers, "number")})
     caption = section.title + (f" ({report.scale_text})" if report.warning else "")
-    caption += ". Gain: over the experiment's baseline."
-    bodies = "".join(_entry(entry, index % 2 == 1) for index, entry in enumerate(section.entries))
-    return _wide(f"<table><caption>{escape(caption)}</caption>{head}{bodies}</table>", section.title)
+    caption += ". Ours: median, in small print lowest\N{EN DASH}highest and seeds."
+    bodies = "".join(_entry(entry) for entry in section.entries)
+    caption = f"<caption>{_kept(escape(caption))}</caption>"
+    return _wide(f"<table>{caption}{head}{bodies}</table>", section.title)
 
 
-def _entry(entry: Entry, even: bool) -> str:
+def _kept(content: str) -> str:
+    """What stays in view while a table scrolls."""
+    return element("span", content, class_="keep")
+
+
+def _entry(entry: Entry) -> str:
+    """An experiment: a line with what it is, then its metrics."""
     group = entry.group
-    lines = group.lines or (Line("", "none reported"),)
-    span = {"rowspan": str(len(lines))}
-    beside = f"over {group.baseline}" if group.baseline else group.source
-    title = escape(group.title) + (f'<br><span class="soft">{escape(beside)}</span>' if beside else "")
-    first = element("td", escape(entry.numbers), class_="name", **span)
-    first += element("th", title, scope="rowgroup", **span)
-    last = element("td", escape(entry.origin), **span) + element("td", escape(entry.state), **span)
-    rows = []
-    for index, line in enumerate(lines):
-        cells = _cells(line, entry)
-        rows.append(f"<tr>{first + cells + last if index == 0 else cells}</tr>")
-    return element("tbody", "".join(rows), class_="even" if even else "odd")
+    beside = [f"gains over {group.baseline}"] if group.baseline else []
+    beside += [part for part in (group.source, entry.origin, entry.state) if part]
+    title = f'<span class="soft">row {escape(entry.numbers)}</span> {escape(group.title)} '
+    title += f'<span class="soft">{escape("; ".join(beside))}</span>'
+    rows = element("tr", element("th", _kept(title), scope="rowgroup", colspan="6"), class_="group")
+    for line in group.lines or (Line("", "none reported"),):
+        rows += element("tr", _cells(line, entry))
+    return element("tbody", rows)
 
 
 def _cells(line: Line, entry: Entry) -> str:
-    group = entry.group
-    there = line.ours is not None
+    median, _, rest = ours_text(line, entry.group).partition(" (")
+    ours = escape(median)
+    if line.ours is not None:
+        parts = rest.removesuffix(")").split(", ")
+        ours += "".join(f' <span class="soft">{escape(part)}</span>' for part in parts)
     return "".join(
         (
-            element("td", escape(line.label), class_="name"),
+            element("th", escape(line.label), scope="row"),
             element(
                 "td", escape(paper_text(line)), class_="number" + (" none" if line.paper is None else "")
             ),
-            element("td", escape(ours_text(line, group)), class_="number" + ("" if there else " none")),
+            element("td", ours, class_="ours" + ("" if line.ours is not None else " none")),
             _signed(line.difference),
             element("td", escape(signed(line.paper_gain, digits=1)), class_="number"),
             _signed(line.gain),
@@ -239,7 +253,8 @@ def _cells(line: Line, entry: Entry) -> str:
 
 
 def _signed(value: float | None) -> str:
-    kind = "" if value is None else " more" if value > 0 else " less" if value < 0 else ""
+    shown = round(value or 0.0, 2)
+    kind = " more" if shown > 0 else " less" if shown < 0 else ""
     return element("td", escape(signed(value)), class_=f"number{kind}")
 
 
@@ -254,51 +269,28 @@ def _notes(section: Section) -> str:
 
 
 def _costs(report: Report) -> str:
-    out = ['<h2 id="costs">Costs of pre-training</h2>']
+    out = []
     for row in (row for row in report.rows if row.row.number in COST_ROWS):
-        out.append(element("h3", escape(f"Row {row.row.number}: {row.row.item}")))
+        where = f" ({', '.join(row.row.where)})" if row.row.where else ""
+        out.append(element("h3", escape(f"Row {row.row.number}: {row.row.item}{where}")))
         out += [element("p", escape(text)) for text in cost_lines(row)]
-        out.append(
-            _cost_table(row) if row.costs else element("p", "Ours: no measurement yet.", class_="none")
-        )
+        caption = f"Measured for row {row.row.number}"
+        out.append(_cost_table(row.costs, caption) if row.costs else f'<p class="none">{NO_COSTS}</p>')
         out += [f'<div class="notes" role="note"><p>{escape(note)}</p></div>' for note in row.notes]
-    return "\n".join(out) if len(out) > 1 else ""
+    if report.other_costs:
+        out += [element("h3", "Other configurations"), _cost_table(report.other_costs, "Measured besides")]
+    return "\n".join(['<h2 id="costs">Costs of training</h2>', *out]) if out else ""
 
 
-def cost_lines(row: RowReport) -> list[str]:
-    """What the papers say a pre-training costs."""
-    return [
-        f"{group.title}: " + ", ".join(f"{line.label} {paper_text(line)}" for line in group.lines)
-        for group in row.groups
-        if group.lines
-    ]
-
-
-def cost_columns(row: RowReport) -> list[str]:
-    """Names of everything that was measured, in the order of the measurements."""
-    return list(
-        dict.fromkeys(key for entry in row.costs for key, value in entry.items() if value is not None)
-    )
-
-
-def _cost_table(row: RowReport) -> str:
-    names = cost_columns(row)
-    head = _header({name.replace("_", " "): "" for name in names})
+def _cost_table(entries: Sequence[Mapping[str, Any]], caption: str) -> str:
+    names, cells = cost_table(entries)
     body = ""
-    for entry in row.costs:
-        first, *rest = (escape(cost_text(entry.get(name))) for name in names)
-        body += f'<tr><th scope="row">{first}</th>{"".join(element("td", cell) for cell in rest)}</tr>'
-    caption = f"<caption>Measured for row {row.row.number}</caption>"
-    return _wide(f"<table>{caption}{head}<tbody>{body}</tbody></table>", f"Costs of row {row.row.number}")
-
-
-def cost_text(value: Any) -> str:
-    """A measured value."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return plain(value)
-    return (
-        f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    )
+    for first, *rest in cells:
+        body += f'<tr><th scope="row">{escape(first)}</th>'
+        body += "".join(element("td", escape(cell)) for cell in rest) + "</tr>"
+    head = _header(dict.fromkeys(names, ""))
+    caption = escape(caption)
+    return _wide(f"<table><caption>{caption}</caption>{head}<tbody>{body}</tbody></table>", caption)
 
 
 def _overview(rows: Sequence[RowReport]) -> str:
@@ -306,7 +298,8 @@ def _overview(rows: Sequence[RowReport]) -> str:
         dict.fromkeys(("Row", "Item", "Paper", "Where", "Kind", "Origin", "Toolkit", "State", "Result"), "")
     )
     body = "".join(_overview_row(row) for row in rows)
-    table = f'<table id="rows"><caption>All {len(rows)} rows of this report</caption>{head}<tbody>{body}</tbody></table>'
+    caption = f"<caption>All {len(rows)} rows of this report</caption>"
+    table = f'<table id="rows">{caption}{head}<tbody>{body}</tbody></table>'
     box = (
         '<p class="filter" hidden><label for="word">Filter rows</label>'
         '<input id="word" type="search" placeholder="mask-jepa run builds"><output aria-live="polite"></output></p>'

@@ -29,6 +29,15 @@ _LABELS = {
     "segm/APl": "AP large",
     "bbox/AP": "box AP",
     "sem_seg/mIoU": "mIoU",
+    "sem_seg/IoU": "mIoU",  # Cityscapes' own evaluator
+    "imagenet/linear": "linear top-1",
+    "imagenet/finetune": "fine-tuned top-1",
+    "clevr/count": "Clevr/Count",
+    "clevr/dist": "Clevr/Dist",
+    "cost/params_M": "parameters (M)",
+    "cost/memory_GB": "memory (GB)",
+    "cost/gpu_hours": "GPU-hours",
+    "cost/step_ms": "ms a step",
 }
 
 
@@ -107,7 +116,7 @@ class RowReport:
         runs = [group for group in self.groups if not group.quoted]
         if runs:
             done = sum(any(line.ours or line.broken for line in (*g.lines, *g.further)) for g in runs)
-            return f"{done} of {len(runs)} experiments" if done else NO_RESULT
+            return f"{done} of {len(runs)} runs" if done else NO_RESULT
         if self.row.kind == "run":
             return f"{len(self.results)} pre-trainings" if self.results else NO_RESULT
         return {"quote": "quoted, no run", "component": "shown by tests", "figure": "drawn by a command"}[
@@ -125,7 +134,7 @@ class Entry:
     @property
     def numbers(self) -> str:
         """Of its rows."""
-        return ", ".join(str(report.row.number) for report in self.rows)
+        return ", ".join(map(str, sorted(report.row.number for report in self.rows)))
 
     @property
     def origin(self) -> str:
@@ -157,6 +166,7 @@ class Section:
         name = self.table.removeprefix("MJ ").removeprefix("DMT ")
         name = re.sub(r"^T(?=\w)", "table ", name)
         name = f"table {name}" if re.match(r"[A-Z]\.\d", name) else name
+        name = f"section {name}" if re.match(r"\d", name) else name
         return f"{PAPERS.get(self.paper, self.paper)}, {name}" if self.paper else name
 
     @property
@@ -173,7 +183,7 @@ def metric_label(metric: str, beside: Iterable[str] = ()) -> str:
     """
     label = _LABELS.get(metric, metric.rsplit("/", 1)[-1])
     known = set(beside)
-    if "panoptic_seg/PQ" in known and metric in ("segm/AP", "sem_seg/mIoU"):
+    if "panoptic_seg/PQ" in known and metric in ("segm/AP", "sem_seg/mIoU", "sem_seg/IoU"):
         return f"{label} panoptic"
     return "mask AP" if metric == "segm/AP" and "bbox/AP" in known else label
 
@@ -215,7 +225,7 @@ def _row_report(
     ]
     groups += [_quote(quote, row) for quote in row.quotes]
     runs = [*manifest.experiments_of([row]), *manifest.pretrainings_of([row])]
-    configs = {run.config for run in runs} if row.number in COST_ROWS else set()
+    configs = {run.config for run in runs if run.config} if row.number in COST_ROWS else set()
     return RowReport(
         row=row,
         state=states.get(row.number, "unknown"),
@@ -231,11 +241,11 @@ def _same_config(config: str, configs: Iterable[str]) -> bool:
 
 
 def cost_runs(costs: Iterable[Any]) -> list[Mapping[str, Any]]:
-    """Measured runs in files of benchmarks/cost.py: {"runs": [...]}, a list, or one run."""
+    """Measured runs in files of benchmarks/cost.py: {"runs": [...]} with what they share, a list, or one run."""
     found: list[Mapping[str, Any]] = []
     for content in costs:
         if isinstance(content, Mapping) and "runs" in content:
-            shared = {k: v for k, v in content.items() if k != "runs" and not isinstance(v, (Mapping, list))}
+            shared = {"machine": content.get("hardware"), "commit": content.get("commit")}
             found += [{**shared, **run} for run in content["runs"]]
         else:
             found += content if isinstance(content, list) else [content]
@@ -315,22 +325,48 @@ def is_number(value: Any) -> bool:
 
 
 def sections(reports: Sequence[RowReport]) -> list[Section]:
-    """The papers' tables that the rows' experiments and quotes stand in, each experiment once a table."""
+    """The papers' tables that the rows' experiments and quotes stand in, each experiment once a table.
+
+    What pre-training costs is no table here: see `cost_table`.
+    """
     tables: dict[tuple[str, str], dict[Any, Entry]] = {}
     for report in reports:
         for group in report.groups:
+            if group.quoted and report.row.number in COST_ROWS:
+                continue
             for table in group.tables or ("no table",):
                 entries = tables.setdefault((_paper_of(table, report.row), table), {})
                 key = group.name or (group.title, tuple(line.paper for line in group.lines))
                 known = entries.get(key)
                 entries[key] = Entry((*(known.rows if known else ()), report), group)
-    ordered = sorted(
-        tables, key=lambda key: (list(PAPERS).index(key[0]) if key[0] in PAPERS else 9, _natural(key[1]))
-    )
-    return [
-        Section(paper, table, tuple(tables[paper, table].values()), _notes(tables[paper, table].values()))
-        for paper, table in ordered
-    ]
+    ordered = sorted(tables, key=lambda key: (_place(key[0]), _natural(key[1])))
+    found = []
+    for paper, table in ordered:
+        shown = _paired([_of_table(entry, table) for entry in tables[paper, table].values()])
+        found.append(Section(paper, table, tuple(shown), _notes(shown)))
+    return found
+
+
+def _place(paper: str) -> int:
+    """Of a paper among the papers, those that are none last."""
+    return list(PAPERS).index(paper) if paper in PAPERS else len(PAPERS)
+
+
+def _of_table(entry: Entry, table: str) -> Entry:
+    """Without the rows that use an experiment for other tables only."""
+    own = tuple(report for report in entry.rows if table in report.row.where)
+    return Entry(own or entry.rows, entry.group)
+
+
+def _paired(entries: Sequence[Entry]) -> list[Entry]:
+    """Each baseline right before the first experiment that is compared with it."""
+    titles = {entry.group.title: entry for entry in reversed(entries) if not entry.group.quoted}
+    found: dict[int, Entry] = {}
+    for entry in entries:
+        for one in (titles.get(entry.group.baseline), entry):
+            if one is not None:
+                found.setdefault(id(one), one)
+    return list(found.values())
 
 
 def _paper_of(table: str, row: Row) -> str:
@@ -351,87 +387,7 @@ def _notes(entries: Iterable[Entry]) -> tuple[tuple[str, str], ...]:
         for report in entry.rows:
             for note in report.notes:
                 rows.setdefault(note, []).append(report.row.number)
-    return tuple((", ".join(map(str, dict.fromkeys(numbers))), note) for note, numbers in rows.items())
-
-
-# --- text of numbers
-
-
-def number(value: float | None, missing: str = "-") -> str:
-    """A paper's number, as printed there: one decimal, or more where it has them."""
-    if value is None:
-        return missing
-    if not is_number(value):
-        return "not a number"
-    return f"{value:.1f}" if math.isclose(value, round(value, 1), abs_tol=1e-9) else f"{value:g}"
-
-
-def signed(value: float | None, missing: str = "-", digits: int = 2) -> str:
-    """A difference."""
-    if value is None:
-        return missing
-    text = f"{value:+.{digits}f}"
-    return text.replace("-", "\N{MINUS SIGN}") if float(text) else f"{0:.{digits}f}"
-
-
-def paper_text(line: Line) -> str:
-    """The paper's number with its spread."""
-    spread = f" \N{PLUS-MINUS SIGN} {line.paper_spread:g}" if line.paper_spread is not None else ""
-    return number(line.paper, "not reported") + spread
-
-
-def ours_text(line: Line, group: Group) -> str:
-    """Our number: median, range and seeds, or why there is none."""
-    if group.quoted:
-        return "quoted, no run"
-    broken = f"{line.broken} not a number" if line.broken else ""
-    if line.ours is None:
-        return broken or NO_RESULT
-    ours = line.ours
-    seeds = f"{ours.seeds} seed{'s' if ours.seeds > 1 else ''}"
-    spread = f"{ours.low:.2f}\N{EN DASH}{ours.high:.2f}, " if ours.seeds > 1 else ""
-    return f"{ours.median:.2f} ({spread}{seeds}{'; ' + broken if broken else ''})"
-
-
-def plain(value: Any) -> str:
-    """A value of a protocol or configuration in one line."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {plain(part)}" for key, part in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(plain(part) for part in value) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return " ".join(str(value).split()) if value is not None and value != "" else "not set"
-
-
-def facts_of(result: Result) -> list[tuple[str, str]]:
-    """What decides a result, by name: protocol, machine, command."""
-    facts = [
-        ("configuration", f"{result.config} ({result.config_hash or 'hash unknown'})"),
-        ("overrides", plain(result.overrides)),
-        ("pre-training", result.pretraining or "none"),
-        ("protocol", "; ".join(f"{k}: {plain(v)}" for k, v in result.protocol.items()) or "not recorded"),
-        ("machine", f"{plain(result.hardware)}; {result.processes} process(es), {result.seconds:,.0f} s"),
-        ("versions", plain(result.versions)),
-        ("commit", result.commit or "unknown"),
-        ("command", result.command or "unknown"),
-        ("finished", result.finished or "unknown"),
-    ]
-    metrics = ", ".join(f"{k} {_measured(v)}" for k, v in result.metrics.items() if is_summary(k))
-    return [("metrics", metrics or "none"), *facts]
-
-
-def _measured(value: Any) -> str:
-    return f"{value:.2f}" if is_number(value) else "not a number"
-
-
-def commits_of(results: Iterable[Result]) -> dict[str, int]:
-    """How many results each commit gave."""
-    found: dict[str, int] = {}
-    for result in results:
-        commit = result.commit or "unknown"
-        found[commit] = found.get(commit, 0) + 1
-    return found
+    return tuple((", ".join(map(str, sorted(set(numbers)))), note) for note, numbers in rows.items())
 
 
 def results_of(reports: Iterable[RowReport]) -> list[Result]:

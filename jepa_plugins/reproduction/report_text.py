@@ -17,17 +17,8 @@ from jepa_plugins.reproduction.manifest import (
     Row,
     Run,
 )
-from jepa_plugins.reproduction.report_rows import (
-    NO_RESULT,
-    RowReport,
-    number,
-    ours_text,
-    paper_text,
-    plain,
-    report_rows,
-    signed,
-    title_of,
-)
+from jepa_plugins.reproduction.report_cells import number, ours_text, paper_text, plain, signed
+from jepa_plugins.reproduction.report_rows import NO_RESULT, RowReport, report_rows, title_of
 from jepa_plugins.reproduction.results import Result
 
 COLUMNS = ("row", "item", "where", "kind", "origin", "toolkit", "state")
@@ -80,7 +71,7 @@ def list_table(
         width: of a terminal, for a table with colours (needs rich); None for tab-free plain text, whole lines.
     """
     rows = filtered(manifest, states, filters or {})
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (
             str(row.number),
             row.item,
@@ -207,8 +198,6 @@ def _run(manifest: Manifest, run: Run, results: list[Result]) -> list[str]:
         head += f": {run.title}" if run.title else ""
         weights = f"weights {run.weights}" if run.weights else "none: random weights or those of its config"
         facts.append(("starts from", f"pre-training {run.pretraining}" if run.pretraining else weights))
-        if run.pretraining and run.pretraining not in {r for r in manifest.pretrainings}:
-            facts.append(("missing", run.pretraining))
         facts.append(("export", " ".join(run.export_options)))
         facts.append(("only tested", "yes" if run.finished else ""))
         facts.append(("baseline", title_of(manifest.experiments[run.baseline]) if run.baseline else ""))
@@ -225,7 +214,8 @@ def _run(manifest: Manifest, run: Run, results: list[Result]) -> list[str]:
 def _needs(manifest: Manifest, row: Row) -> list[str]:
     runs: list[Run] = [*manifest.experiments_of([row]), *manifest.pretrainings_of([row])]
     data = dict.fromkeys(name for run in runs for name in run.data)
-    weights = [manifest.weights[name] for name in dict.fromkeys(run.weights for run in runs if run.weights)]
+    names = [*(run.weights for run in runs if run.weights), *row.weights]
+    weights = [manifest.weights[name] for name in dict.fromkeys(names)]
     return [
         *_named("data", (f"{name}: {plain(manifest.data[name])}" for name in data)),
         *_named("weights", (f"{w.name}: {w.file}; {w.how}; licence {w.licence}" for w in weights)),
@@ -246,10 +236,11 @@ def _scale(report: RowReport, scale: str) -> list[str]:
     for group in (group for group in report.groups if not group.quoted and group.lines):
         lines.append(f"  {group.title}" + (f" (gains over {group.baseline})" if group.baseline else ""))
         for line in group.lines:
-            differs = f", difference {signed(line.difference)}" if line.difference is not None else ""
+            compared = line.difference is not None and scale == "full"
+            differs = f", difference {signed(line.difference)}" if compared else ""
             gains = [
-                f"{who} {signed(value)}"
-                for who, value in (("paper", line.paper_gain), ("ours", line.gain))
+                f"{who} {signed(value, digits=digits)}"
+                for who, value, digits in (("paper", line.paper_gain, 1), ("ours", line.gain, 2))
                 if value is not None
             ]
             gain = f", gain {' and '.join(gains)}" if gains else ""

@@ -16,11 +16,15 @@ TOOLKITS = {"detectron2", "mmengine", "mmcv", "mmseg", "mmdet", "mmpretrain"}
 LAZY_PACKAGES = {"safetensors", "torch_ms_deform_attn"}
 CORE_PACKAGES = {"torch", "torchvision", "timm", "numpy", "PIL"} | LAZY_PACKAGES
 # Longest prefix first: which rule a file of this repository falls under.
-LAYERS = ("jepa_plugins.core", "jepa_plugins.d2", "jepa_plugins.mm", "jepa_plugins", "configs", "tools")
+LAYERS = (
+    *("jepa_plugins.core", "jepa_plugins.d2", "jepa_plugins.mm", "jepa_plugins.reproduction", "jepa_plugins"),
+    *("configs", "tools"),
+)
 MAY_IMPORT = {
     "jepa_plugins.core": {"jepa_plugins.core", "jepa_plugins"},
     "jepa_plugins.d2": {"jepa_plugins.d2", "jepa_plugins.core", "jepa_plugins"},
     "jepa_plugins.mm": {"jepa_plugins.mm", "jepa_plugins.core", "jepa_plugins"},
+    "jepa_plugins.reproduction": {"jepa_plugins.reproduction", "jepa_plugins.core", "jepa_plugins"},
     "jepa_plugins": {"jepa_plugins"},
     "configs": set(LAYERS),
     "tools": set(LAYERS),

@@ -158,6 +158,6 @@ def small_manifest() -> Manifest:
         notes={},
         scale_data={
             "smoke": {"commands": {"stand_ins": "tools/prepare_data.py stand-ins OUTPUT_DIR {data}"}},
-            "quick": {"rows": [1]},
+            "quick": {"only": ["mask_jepa"]},
         },
     )

@@ -193,5 +193,12 @@ def test_needs_and_hours(tmp_path: Path) -> None:
     assert needs["r50"].what == "weights" and not needs["r50"].there
     (tmp_path / "imagenet" / "train").mkdir(parents=True)
     assert {n.name: n.there for n in needs_of(manifest, rows, tmp_path)}["imagenet"]
-    hours = hours_of(manifest, rows, seeds=3)
-    assert ("mask_jepa", 100.0, "table 8") in hours and ("tuned", None, "") in hours
+    hours = {run.name: run for run in hours_of(manifest, rows, seeds=3)}
+    assert (hours["mask_jepa"].hours, hours["mask_jepa"].source) == (100.0, "table 8")
+    assert hours["tuned"].hours is None
+    config = manifest.experiments["tuned"].config
+    costs = [
+        {"hardware": {"gpus": ["A card"]}, "runs": [{"config": config, "gpu_hours": 7.0}, {"config": "x"}]}
+    ]
+    measured = {run.name: run for run in hours_of(manifest, rows, seeds=3, costs=costs)}
+    assert (measured["tuned"].hours, measured["tuned"].source) == (21.0, "measured on A card")

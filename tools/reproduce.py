@@ -1,0 +1,268 @@
+#!/usr/bin/env python3
+"""The papers' tables with this project: what each row takes, how to run it, and what it gave.
+
+python tools/reproduce.py list --paper mask_jepa --kind run
+python tools/reproduce.py show 20
+python tools/reproduce.py plan 20 --gpus 8 --nodes 2 --launcher slurm
+python tools/reproduce.py run 20 --scale smoke
+python tools/reproduce.py build
+python tools/reproduce.py report --scale quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # A clone works without being installed.
+
+from jepa_plugins.core.cli import one_sentence  # noqa: E402
+from jepa_plugins.reproduction import report  # noqa: E402
+from jepa_plugins.reproduction.manifest import (  # noqa: E402
+    KINDS,
+    PAPERS,
+    SCALES,
+    Manifest,
+    ManifestError,
+    Row,
+    load_manifest,
+)
+from jepa_plugins.reproduction.plan import (  # noqa: E402
+    LAUNCHERS,
+    Choice,
+    Machine,
+    Planner,
+    config_hash,
+    hours_of,
+    needs_of,
+)
+from jepa_plugins.reproduction.results import Results, commit_of, write_json  # noqa: E402
+from jepa_plugins.reproduction.runner import Runner  # noqa: E402
+from jepa_plugins.reproduction.state import BUILDS, STATES, States, read_builds  # noqa: E402
+
+
+def rows_named(manifest: Manifest, names: Iterable[str]) -> list[Row]:
+    """Rows by number (20), range (18-23) or table ("MJ T1"), each once, in order."""
+    found: dict[int, Row] = {}
+    for name in names:
+        first, _, last = name.partition("-")
+        if first.isdigit() and (last.isdigit() or not last):
+            chosen = [manifest.row(n) for n in range(int(first), int(last or first) + 1)]
+        else:
+            chosen = manifest.in_table(name)
+        found.update({row.number: row for row in chosen})
+    return list(found.values())
+
+
+def choice_of(args: argparse.Namespace) -> Choice:
+    """How to run, from the command line."""
+    gpus = args.gpus if args.gpus is not None else _gpus_here()
+    launcher = args.launcher or ("torchrun" if args.nodes * max(gpus, 1) > 1 else "plain")
+    machine = Machine(args.nodes, gpus, launcher, args.images_per_gpu)
+    seeds = tuple(range(args.seeds))
+    return Choice(
+        args.out.absolute(), args.data.absolute(), args.scale, machine, seeds, args.pretraining_seeds
+    )
+
+
+def _gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def run_list(args: argparse.Namespace, manifest: Manifest) -> None:
+    """All rows that the filters leave."""
+    states = States(manifest, args.out, ROOT, commit_of(ROOT)).all()
+    filters = {key: getattr(args, key) for key in ("paper", "table", "toolkit", "kind", "state")}
+    report.print_list(manifest, states, filters)
+
+
+def run_show(args: argparse.Namespace, manifest: Manifest) -> None:
+    """Everything of some rows."""
+    states = States(manifest, args.out, ROOT, commit_of(ROOT))
+    results = [result for scale in SCALES for result in Results(args.out).load(scale)]
+    for row in rows_named(manifest, args.rows):
+        print(report.show_text(manifest, row, states.of(row), results))
+
+
+def run_plan(args: argparse.Namespace, manifest: Manifest) -> None:
+    """The commands, what they need, and what they cost."""
+    rows, choice = rows_named(manifest, args.rows), choice_of(args)
+    planner = Planner(manifest, choice)
+    machine = choice.machine
+    print(f"# {args.scale}: {machine.nodes} x {machine.gpus or 'no'} GPUs, {machine.launcher}")
+    for stage in runnable(planner, rows):
+        print(f"\n# {stage.name}\n{stage.shell()}")
+    if args.scale == "full":
+        _print_needs(manifest, rows, choice, _costs(args))
+
+
+def runnable(planner: Planner, rows: list[Row]) -> list:
+    """Stages of rows; of several rows, those that have nothing to run are named and left out.
+
+    Raises:
+        ManifestError: none of them has.
+    """
+    ready = []
+    for row in rows:
+        try:
+            planner.runs_of(row)
+            ready.append(row)
+        except ManifestError as error:
+            if len(rows) == 1:
+                raise
+            print(f"# left out: {error}")
+    if not ready:
+        raise ManifestError("none of these rows has anything to run")
+    return planner.plan(ready)
+
+
+def _costs(args: argparse.Namespace) -> list[dict]:
+    return [json.loads(Path(path).read_text(encoding="utf-8")) for path in args.costs]
+
+
+def _print_needs(manifest: Manifest, rows: list[Row], choice: Choice, costs: list[dict]) -> None:
+    print("\n# data and weights")
+    for need in needs_of(manifest, rows, choice.data):
+        there = "there" if need.there else f"MISSING: {need.how}"
+        print(f"#   {need.what} {need.name}: {there}")
+    hours = hours_of(manifest, rows, len(choice.seeds), costs)
+    print("# GPU-hours")
+    for run in hours:
+        print(f"#   {run.name}: " + ("unknown" if run.hours is None else f"{run.hours:,.1f} ({run.source})"))
+    known = [run.hours for run in hours if run.hours is not None]
+    unknown = len(hours) - len(known)
+    print(f"#   in all {sum(known):,.1f}" + (f" and {unknown} unknown: measure them with" if unknown else ""))
+    if unknown:
+        print("#   python benchmarks/cost.py CONFIG --out costs.json, then plan --costs costs.json")
+
+
+def run_run(args: argparse.Namespace, manifest: Manifest) -> None:
+    """Run rows; finished stages are skipped."""
+    planner = Planner(manifest, choice_of(args))
+    stages = runnable(planner, rows_named(manifest, args.rows))
+    for result in Runner(planner, ROOT, say=lambda line: print(line, flush=True)).run(stages):
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items() if "-" not in name)
+        print(f"{result.name}, seed {result.seed}: {shown or 'done'}")
+
+
+def run_build(args: argparse.Namespace, manifest: Manifest) -> None:
+    """Build the model of every configuration that runs name, on the meta device, and keep what came of it."""
+    rows = rows_named(manifest, args.rows) if args.rows else list(manifest.rows.values())
+    runs = [*manifest.pretrainings_of(rows), *manifest.experiments_of(rows)]
+    configs = sorted({run.config for run in runs if run.config and not run.waits_for})
+    costs = args.out / "parameters.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "benchmarks/cost.py", *configs, "--parameters-only", "--keep-going"]
+    subprocess.run(
+        [*command, "--out", str(costs.absolute())], cwd=ROOT, check=False, stdout=subprocess.DEVNULL
+    )
+    if not costs.is_file():
+        raise ManifestError("benchmarks/cost.py wrote nothing: run it by hand to see why")
+    commit, builds = commit_of(ROOT), read_builds(args.out)
+    for entry in json.loads(costs.read_text(encoding="utf-8"))["runs"]:
+        config = entry["config"]
+        builds[config] = {**entry, "hash": config_hash(config), "commit": commit}
+    write_json(args.out / BUILDS, builds)
+    broken = {config: builds[config]["error"] for config in configs if builds.get(config, {}).get("error")}
+    print(f"{len(configs) - len(broken)} of {len(configs)} configurations build")
+    for config, error in broken.items():
+        print(f"  {config}: {error}")
+    if broken:
+        sys.exit(1)
+
+
+def run_report(args: argparse.Namespace, manifest: Manifest) -> None:
+    """The tables as Markdown and as one HTML page."""
+    states = States(manifest, args.out, ROOT, commit_of(ROOT)).all()
+    results = Results(args.out).load(args.scale)
+    rows = rows_named(manifest, args.rows) if args.rows else None
+    written = report.write(manifest, results, args.scale, states, rows, _costs(args), args.out / args.scale)
+    print(*written, sep="\n")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("output/reproduction"), help="folder of runs and results"
+    )
+
+
+def _add_machine(parser: argparse.ArgumentParser, scale: str) -> None:
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    parser.add_argument("rows", nargs="+", metavar="ROW|TABLE", help="20, 18-23, or a table such as 'MJ T1'")
+    parser.add_argument("--scale", choices=SCALES, default=scale)
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of each experiment, from 0 on")
+    parser.add_argument(
+        "--pretraining-seeds", action="store_true", help="a pre-training of its own for each seed"
+    )
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus", type=int, help="on each node; default: those that are here, 0 for the CPU")
+    parser.add_argument("--launcher", choices=LAUNCHERS, help="default: torchrun for several processes")
+    parser.add_argument("--images-per-gpu", type=int, help="the most images at once; the rest is accumulated")
+    parser.add_argument("--data", type=Path, default=root, help="root of all data sets: DETECTRON2_DATASETS")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="all rows of the papers and where they stand")
+    listing.add_argument("--paper", choices=PAPERS)
+    listing.add_argument("--table", help="such as 'MJ T1'")
+    listing.add_argument("--toolkit", choices=("detectron2", "mmengine"))
+    listing.add_argument("--kind", choices=KINDS)
+    listing.add_argument("--state", choices=STATES)
+    showing = commands.add_parser("show", help="everything of a row")
+    showing.add_argument("rows", nargs="+", metavar="ROW|TABLE")
+    for name, scale, text in (
+        ("plan", "full", "the exact commands, what they need and cost"),
+        ("run", "smoke", "run them; finished stages are skipped"),
+    ):
+        _add_machine(commands.add_parser(name, help=text), scale)
+    building = commands.add_parser("build", help="build every configuration's model without memory")
+    building.add_argument("rows", nargs="*", metavar="ROW|TABLE")
+    reporting = commands.add_parser("report", help="Markdown and one HTML page")
+    reporting.add_argument("rows", nargs="*", metavar="ROW|TABLE")
+    reporting.add_argument("--scale", choices=SCALES, default="full")
+    for command in (reporting, commands.choices["plan"]):
+        command.add_argument("--costs", nargs="*", default=[], metavar="FILE", help="of benchmarks/cost.py")
+    for command in commands.choices.values():
+        _add_common(command)
+    return parser
+
+
+RUN = {
+    "list": run_list,
+    "show": run_show,
+    "plan": run_plan,
+    "run": run_run,
+    "build": run_build,
+    "report": run_report,
+}
+
+
+@one_sentence
+def main(argv: list[str] | None = None) -> None:
+    """Run a subcommand."""
+    args = build_parser().parse_args(argv)
+    if getattr(args, "seeds", 1) < 1:
+        raise ManifestError(f"--seeds is a number from 1 on, got {args.seeds}")
+    args.out = args.out.absolute()
+    try:
+        RUN[args.command](args, load_manifest())
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()
