@@ -16,8 +16,9 @@ import json
 
 from jepa_plugins.core.cli import one_sentence
 from jepa_plugins.core.probes import PROBES
+from jepa_plugins.core.probing import Rows
 from jepa_plugins.d2.cli import built_model, configuration
-from jepa_plugins.d2.probing import COPIES, FEATURES, ProbeSettings, Rows, probe_floors, probe_model
+from jepa_plugins.d2.probing import COPIES, FEATURES, ProbeSettings, probe_floors, probe_model
 
 
 def print_rows(rows: Rows, **what: str) -> None:

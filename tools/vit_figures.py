@@ -24,22 +24,19 @@ import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from mmengine.config import Config, DictAction  # noqa: E402
-from mmengine.registry import MODELS  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from jepa_plugins.config_files import find_config  # noqa: E402
 from jepa_plugins.core.attention_maps import (  # noqa: E402
     cosine_maps,
     last_attention,
     most_similar,
     target_weights,
 )
-from jepa_plugins.core.checkpoints import load_into, state_dict_of  # noqa: E402
 from jepa_plugins.core.cli import one_sentence  # noqa: E402
 from jepa_plugins.core.images import CHANNELS, crop_and_resize  # noqa: E402
 from jepa_plugins.core.sources import Sources  # noqa: E402
-from jepa_plugins.mm.checkpoints import load_from_local  # noqa: E402
+from jepa_plugins.mm.cli import built_model, configuration, image_format  # noqa: E402
 from jepa_plugins.mm.model import DMTJEPA  # noqa: E402
 
 matplotlib.use("Agg")
@@ -68,22 +65,6 @@ class Maps:
     lat_own: Tensor | None
     cosine: Tensor
     similar: Tensor
-
-
-def built_model(cfg: Config, weights: str | None) -> DMTJEPA:
-    """The configuration's model in eval mode: untrained, as its seed makes it, or with a checkpoint's weights."""
-    kind = cfg.get("model", {}).get("type")
-    if kind != "DMTJEPA":
-        raise ValueError(
-            f"{cfg.filename} describes the model {kind}: give the configuration of a pre-training (DMTJEPA)"
-        )
-    torch.manual_seed(cfg.get("randomness", {}).get("seed") or 0)
-    model = MODELS.build(cfg.model).eval()
-    if weights is not None:
-        # All that the pictures show must come from the file; the predictor does not.
-        required = ["target_encoder"] + ["target_head"] * (model.target_head is not None)
-        load_into(model, state_dict_of(load_from_local(weights)), required=required, source=weights)
-    return model
 
 
 def read_crops(source: str, count: int, order: str, size: tuple[int, int]) -> list[Picture]:
@@ -242,7 +223,7 @@ def draw(cfg: Config, args: argparse.Namespace) -> None:
     (height, width), patch = encoder.grid, encoder.patch_size
     row, column = (min(int(p * n), n - 1) for p, n in zip(args.query, encoder.grid, strict=True))
     query = row * width + column
-    order = cfg.train_dataloader.dataset.get("image_format", "RGB")
+    order = image_format(cfg)
     crops = read_crops(args.images, args.count, order, (height * patch, width * patch))
     maps = [maps_of(model, crops, query) for model in models]
     drawer, images = Drawer(encoder.grid, patch, query), [shown(crop, order) for crop in crops]
@@ -278,10 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Draw as the command line says."""
     args = build_parser().parse_args()
-    cfg = Config.fromfile(find_config(args.config))
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    draw(cfg, args)
+    draw(configuration(args.config, args.cfg_options), args)
     print(*args.out, sep="\n")
 
 

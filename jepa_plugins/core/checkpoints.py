@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 TORCH_SUFFIXES = (".pth", ".pt", ".pyth")
-SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".pkl")
+# I-JEPA's and MoCo v3's published files end in .pth.tar, and are torch's all the same.
+SUFFIXES = (*TORCH_SUFFIXES, ".pth.tar", ".safetensors", ".pkl")
 CLASS_KEY = "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
 _CLASS_TENSORS = re.compile(r"(^|\.)(class_embed\.(weight|bias)|empty_weight)$")
 
@@ -159,7 +160,7 @@ def check_file(path: str | os.PathLike) -> None:
         raise FileNotFoundError(f"there is no checkpoint {path}: check the path, or put the file there")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: name the checkpoint file inside it")
-    if path.suffix not in SUFFIXES:
+    if not path.name.endswith(SUFFIXES):
         raise CheckpointError(f"{path} is no checkpoint by its name: it must end in {', '.join(SUFFIXES)}")
     try:
         with open(path, "rb") as file:

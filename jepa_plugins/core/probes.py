@@ -7,7 +7,7 @@ k-means, whose seed is fixed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 PROBES = ("linear", "knn", "kmeans")
-FLOORS = ("position", "colour_position")
+FLOORS = ("position", "colour_position", "pixels_position")
 SCORES_AT_ONCE = 2**22  # similarities or distances held in memory at a time
 
 
@@ -213,21 +213,51 @@ def scores(matrix: Tensor) -> dict[str, float]:
     }
 
 
-Assign = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+def assign_clusters(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The one-to-one names of clusters that agree with the most labels (Hungarian method, by shortest augmenting
+    paths: Jonker and Volgenant, 1987).
+
+    Args:
+        counts: [n, n], how often the vectors of a cluster (rows) have a class (columns).
+
+    Returns:
+        The class of each cluster, int64 [n].
+    """
+    size = len(counts)
+    # Row and column 0 stand for "none yet"; `owner` is the row of each column.
+    cost = np.zeros((size + 1, size + 1))
+    cost[1:, 1:] = -counts
+    of_row, of_column = np.zeros(size + 1), np.zeros(size + 1)  # the dual variables
+    owner = np.zeros(size + 1, dtype=np.int64)
+    for row in range(1, size + 1):
+        owner[0], column = row, 0
+        distance, before = np.full(size + 1, np.inf), np.zeros(size + 1, dtype=np.int64)
+        seen = np.zeros(size + 1, dtype=bool)
+        while owner[column] or column == 0:
+            seen[column] = True
+            reduced = cost[owner[column]] - of_row[owner[column]] - of_column
+            nearer = ~seen & (reduced < distance)
+            distance[nearer], before[nearer] = reduced[nearer], column
+            column = int(np.where(seen, np.inf, distance).argmin())
+            step = distance[column]
+            of_row[owner[seen]] += step
+            of_column[seen] -= step
+            distance[~seen] -= step
+        while column:
+            owner[column] = owner[before[column]]
+            column = int(before[column])
+    classes = np.zeros(size + 1, dtype=np.int64)
+    classes[owner[1:]] = np.arange(size)
+    return classes[1:]
 
 
-def probe_scores(
-    train: Cells, val: Cells, classes: int, assign: Assign, kinds: Sequence[str] = PROBES
-) -> dict[str, float]:
+def probe_scores(train: Cells, val: Cells, classes: int, kinds: Sequence[str] = PROBES) -> dict[str, float]:
     """mIoU and accuracy of each probe fitted on `train` and scored on `val`, in percent.
 
     All three see features standardised by the training cells. k-means makes as many clusters as there are
     classes and sees no label; each cluster is then named after one class by the training labels.
 
     Args:
-        assign: from counts int64 [clusters, classes] to the class of each cluster int64 [clusters], one to
-            one, with the largest sum of counts (the assignment problem, which needs more than this package's
-            core imports).
         kinds: some of `PROBES`.
 
     Returns:
@@ -240,7 +270,7 @@ def probe_scores(
     def by_kmeans() -> Tensor:
         clusters = fit_kmeans(known.features, classes)
         counts = confusion_matrix(clusters.predict(known.features), known.labels, classes)
-        names = torch.from_numpy(assign(counts.cpu().numpy())).to(unseen.device)
+        names = torch.from_numpy(assign_clusters(counts.cpu().numpy())).to(unseen.device)
         return names[clusters.predict(unseen)]
 
     predict = {
@@ -287,7 +317,8 @@ def floor_maps(images: Tensor, stride: int) -> dict[str, Tensor]:
 
     Returns:
         "position" [B, 16, H/stride, W/stride], the cell's place in the image; "colour_position"
-        [B, 16 + 8c, ...], with its mean colour; each as `wave_code`.
+        [B, 16 + 8c, ...], with its mean colour; each as `wave_code`. "pixels_position"
+        [B, 16 + c * stride ** 2, ...], with all of its pixels in [0, 1].
     """
     colour = F.avg_pool2d(images.float() / 255, stride).permute(0, 2, 3, 1)
     batch, height, width, _ = colour.shape
@@ -296,4 +327,6 @@ def floor_maps(images: Tensor, stride: int) -> dict[str, Tensor]:
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).expand(batch, -1, -1, -1)
     both = torch.cat((place, colour), dim=-1)
     coded = {"position": wave_code(place), "colour_position": wave_code(both)}
-    return {name: code.permute(0, 3, 1, 2) for name, code in coded.items()}
+    floors = {name: code.permute(0, 3, 1, 2) for name, code in coded.items()}
+    pixels = F.pixel_unshuffle(images.float() / 255, stride)
+    return {**floors, "pixels_position": torch.cat((floors["position"], pixels), dim=1)}

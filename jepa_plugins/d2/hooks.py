@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import math
-import random
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from jepa_plugins.core.collapse import CollapseWatch
+from jepa_plugins.core.probing import Rows, table, undisturbed
 from jepa_plugins.d2.mask_jepa import MaskJEPA
 from jepa_plugins.d2.pictures import Painter, fixed_images
-from jepa_plugins.d2.probing import ProbeSettings, Rows, labelled_records, probe_floors, probe_model, table
+from jepa_plugins.d2.probing import ProbeSettings, labelled_records, probe_floors, probe_model
 from jepa_plugins.d2.summary import summary
 
 logger = logging.getLogger(__name__)
@@ -80,23 +76,6 @@ class CollapseHook(HookBase):
     def load_state_dict(self, state: dict) -> None:
         """Restore them."""
         self.watch.load_state_dict(state)
-
-
-@contextlib.contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards each module's mode and the random generators are as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    states = np.random.get_state(), random.getstate()
-    device = next(model.parameters()).device
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        np.random.set_state(states[0])
-        random.setstate(states[1])
 
 
 class _Periodic(HookBase):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,11 +19,15 @@ from torch import Tensor
 
 from jepa_plugins.core.checkpoints import atomic_write, load_into, state_dict_of
 from jepa_plugins.core.collapse import CollapseWatch, HeldOutMeter
+from jepa_plugins.core.labelled import labelled_images
+from jepa_plugins.core.probes import PROBES
+from jepa_plugins.core.probing import Protocol, Rows, check_classes, probe_floors, table, undisturbed
 from jepa_plugins.core.sources import UnreadableImages
 from jepa_plugins.mm.checkpoints import ATOMIC_BACKEND
 from jepa_plugins.mm.data import Place, UnlabelledImages, collate_images
 from jepa_plugins.mm.model import DMTJEPA
 from jepa_plugins.mm.optim import accumulation_of
+from jepa_plugins.mm.probing import check_which, image_size, probe_vit
 
 KEPT_HISTORY = 1000  # values of each logged scalar that a checkpoint keeps
 
@@ -166,6 +172,112 @@ class HeldOutHook(Hook):
             meter.update(model.maps(**model.data_preprocessor(batch)))
         model.train(training)
         return meter.result()
+
+
+@HOOKS.register_module()
+class ViTProbeHook(Hook):
+    """Scores the frozen patch features by the final probes while it trains, which training does not notice.
+
+    Measured are the model before its first step, then every `interval` steps, and the last. Logged at the very
+    iteration, in percent, are "probe/linear_mIoU", "probe/knn_mIoU", "probe/kmeans_mIoU" and accuracies. A suffix
+    names what is not the target encoder: "_context"; and the floors: "_position", "_colour_position",
+    "_pixels_position" and the model's own first scores, "_initial", which a resumed run keeps. Only the main
+    process works, so the labelled images should be few.
+
+    Args:
+        train, val: names "folder_semantic@ROOT@SPLIT" of what the probes are fitted and measured on.
+        interval: optimiser steps between measurements.
+        size: (height, width) in pixels of the whole images, multiples of the patch; None: of the training's crops.
+        which: some of "target", "context". kinds: some of "linear", "knn", "kmeans".
+        cells: patches of each set, at most, evenly spread; images: likewise, 0 takes all.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence for a value that makes no sense, or for missing data.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        interval: int = 1000,
+        size: Sequence[int] | None = None,
+        which: Sequence[str] = ("target",),
+        kinds: Sequence[str] = PROBES,
+        cells: int = 10000,
+        images: int = 0,
+    ) -> None:
+        if interval < 1 or images < 0:
+            raise ValueError(
+                f"ViTProbeHook takes an interval of at least one step and no negative number of images, got "
+                f"{interval} and {images}"
+            )
+        self.sets = labelled_images(train).fewer(images), labelled_images(val).fewer(images)
+        check_classes(*self.sets)
+        self.interval, self.size, self.which = interval, size, check_which(which)
+        self.protocol = Protocol((0, 0), kinds=tuple(kinds), cells=cells)  # its size is known with the model
+        self.floors: Rows = {}
+
+    def before_train(self, runner: Any) -> None:
+        """Measure the floors and the model before its first step, unless the run is resumed and knows them."""
+        model = model_of(runner)
+        self.protocol = dataclasses.replace(
+            self.protocol,
+            size=image_size(model, self.size),
+            image_format=runner.train_loop.dataloader.dataset.image_format,
+        )
+        if not is_main_process():
+            return
+        saved = runner.message_hub.runtime_info.get("vit_probe") if runner.iter else None
+        if saved and saved["measured"] == self.measured():
+            self.floors = saved["floors"]
+            return
+        with undisturbed(model):
+            device = next(model.parameters()).device
+            patch = model.encoder.patch_size
+            self.floors = probe_floors(*self.sets, self.protocol, patch, device=device)
+        if runner.iter:
+            runner.logger.warning(
+                "the run began without these probes: its initial model's scores are not known"
+            )
+        else:
+            self.act(runner, 0)
+        runner.message_hub.update_info("vit_probe", {"measured": self.measured(), "floors": self.floors})
+
+    def measured(self) -> str:
+        """What the floors depend on."""
+        return f"{[(data.name, len(data.files)) for data in self.sets]} {self.protocol} {self.which}"
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Measure on the main process when it is time."""
+        model = model_of(runner)
+        if not is_main_process() or not runner.optim_wrapper.should_update():
+            return
+        if int(model.step) % self.interval == 0 or int(model.step) == model.total_steps:
+            self.act(runner, runner.iter + 1)
+
+    def act(self, runner: Any, iteration: int) -> None:
+        """Measure and log, as of so many iterations."""
+        start, model = time.perf_counter(), model_of(runner)
+        with undisturbed(model):
+            found = probe_vit(model, *self.sets, self.protocol, self.which)
+        # The main row has no suffix; with the context encoder alone, it is the main row.
+        rows = {"" if name == self.which[0] else f"_{name}": scores for name, scores in found.items()}
+        if iteration == 0:
+            self.floors["initial"] = rows[""]
+        named = {
+            f"probe/{score}{suffix}": value
+            for suffix, scores in {
+                **rows,
+                **{f"_{name}": scores for name, scores in self.floors.items()},
+            }.items()
+            for score, value in scores.items()
+        }
+        runner.visualizer.add_scalars(named, step=iteration)
+        spent = time.perf_counter() - start
+        text = table({**found, **self.floors})
+        runner.logger.info("probes after iteration %d, in %.1f s\n%s", iteration, spent, text)
 
 
 @HOOKS.register_module()

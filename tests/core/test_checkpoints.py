@@ -462,3 +462,12 @@ def test_batch_counters_without_a_place_are_taken_out():
     assert drop_batch_counters(weights, trained) == 0
     assert drop_batch_counters(weights, frozen) == 1
     assert "0.num_batches_tracked" not in weights and "0.running_mean" in weights
+
+
+def test_names_of_published_files(tmp_path: Path) -> None:
+    """I-JEPA's and MoCo v3's end in .pth.tar; an archive does not pass for a checkpoint."""
+    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "IN1K-vit.h.14-300e.pth.tar")
+    assert read_checkpoint(tmp_path / "IN1K-vit.h.14-300e.pth.tar")["model"]["w"].sum() == 2
+    (tmp_path / "images.tar").write_bytes(b"x" * 100)
+    with pytest.raises(CheckpointError, match="no checkpoint by its name"):
+        read_checkpoint(tmp_path / "images.tar")

@@ -1,6 +1,7 @@
 """The probes: they find what is planted, nothing in noise, and agree with plain references."""
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from jepa_plugins.core import probes
 from jepa_plugins.core.probes import (
     Cells,
+    assign_clusters,
     at_cell_centres,
     confusion_matrix,
     fit_kmeans,
@@ -22,6 +24,7 @@ from jepa_plugins.core.probes import (
     spread_subset,
     wave_code,
 )
+from jepa_plugins.core.probing import Protocol, mean_of, table, undisturbed
 
 
 def blobs(seed: int, classes: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,22 +203,36 @@ def test_kmeans_of_copies_and_of_too_few_vectors():
 # --- all together
 
 
-def by_trying_all(counts: np.ndarray) -> np.ndarray:
-    orders = itertools.permutations(range(len(counts)))
-    return np.array(max(orders, key=lambda order: counts[np.arange(len(counts)), list(order)].sum()))
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 6), st.sampled_from([2, 50, 10**6]))
+def test_clusters_get_the_names_that_agree_most(seed, size, largest):
+    counts = np.random.default_rng(seed).integers(0, largest, (size, size))
+    found = assign_clusters(counts)
+    assert sorted(found) == list(range(size))
+    best = max(counts[np.arange(size), list(order)].sum() for order in itertools.permutations(range(size)))
+    assert counts[np.arange(size), found].sum() == best
+
+
+def test_a_greedy_choice_of_names_would_be_worse():
+    counts = np.array([[9, 8, 0], [8, 0, 0], [0, 0, 1]])  # greedy takes 9 and leaves 0 for the second
+    assert assign_clusters(counts).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("size", [20, 150])
+def test_many_clusters_agree_with_scipy(size):
+    optimize = pytest.importorskip("scipy.optimize")
+    counts = np.random.default_rng(size).poisson(3, (size, size)) * 7
+    rows, columns = optimize.linear_sum_assignment(counts, maximize=True)
+    assert counts[rows, assign_clusters(counts)].sum() == counts[rows, columns].sum()
 
 
 def test_every_probe_reads_planted_classes_and_none_reads_noise():
     features, labels = blobs(0, 4, 0.3)
-    clear = probe_scores(
-        Cells(features[:200], labels[:200]), Cells(features[200:], labels[200:]), 4, by_trying_all
-    )
+    clear = probe_scores(Cells(features[:200], labels[:200]), Cells(features[200:], labels[200:]), 4)
     assert set(clear) == {f"{p}_{s}" for p in ("linear", "knn", "kmeans") for s in ("mIoU", "accuracy")}
     assert min(clear.values()) == pytest.approx(100)
     labels = torch.from_numpy(np.random.default_rng(1).integers(0, 4, 400))
-    noise = probe_scores(
-        Cells(features[:200], labels[:200]), Cells(features[200:], labels[200:]), 4, by_trying_all
-    )
+    noise = probe_scores(Cells(features[:200], labels[:200]), Cells(features[200:], labels[200:]), 4)
     assert max(noise[f"{p}_accuracy"] for p in ("linear", "knn", "kmeans")) < 45
 
 
@@ -223,17 +240,47 @@ def test_a_channel_that_is_constant_in_training_does_no_harm():
     features, labels = blobs(0, 3, 0.1)
     features[:, 0] = 7.0
     features[200:, 0] = 7.01
-    result = probe_scores(
-        Cells(features[:200], labels[:200]), Cells(features[200:], labels[200:]), 3, by_trying_all
-    )
+    result = probe_scores(Cells(features[:200], labels[:200]), Cells(features[200:], labels[200:]), 3)
     assert min(result.values()) == pytest.approx(100)
 
 
 def test_probes_work_without_gradients_and_only_the_chosen_ones_run():
     features, labels = blobs(0, 3, 0.1)
     with torch.no_grad():
-        result = probe_scores(Cells(features, labels), Cells(features, labels), 3, by_trying_all, ["linear"])
+        result = probe_scores(Cells(features, labels), Cells(features, labels), 3, ["linear"])
     assert result == {"linear_mIoU": pytest.approx(100), "linear_accuracy": pytest.approx(100)}
+
+
+# --- in a training loop
+
+
+def test_undisturbed_restores_modes_and_generators():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()).train()
+    model[1].eval()  # a mode that train() would not give
+    torch.manual_seed(1)
+    states = np.random.get_state()[1].copy(), random.getstate(), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="stop"), undisturbed(model):
+        assert not model.training and not torch.is_grad_enabled()
+        np.random.rand(), random.random(), torch.rand(3)
+        raise RuntimeError("stop")
+    assert [m.training for m in model.modules()] == [True, True, False] and torch.is_grad_enabled()
+    assert (np.random.get_state()[1] == states[0]).all() and random.getstate() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_rows_as_text_and_their_mean():
+    rows = {"a": {"linear_mIoU": 12.345, "x": 100.0}, "longer name": {"linear_mIoU": 2.0, "x": 0.0}}
+    assert mean_of(rows.values()) == {"linear_mIoU": pytest.approx(7.1725), "x": 50}
+    lines = table(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1 and lines[1].split() == ["a", "12.35", "100.00"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"), [({"cells": 0}, "at least one cell"), ({"kinds": ()}, "got none")]
+)
+def test_protocols_that_make_no_sense(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Protocol((32, 32), **changes)
 
 
 # --- cells and floors
@@ -250,7 +297,7 @@ def test_wave_code_of_known_values():
     assert code.flatten().tolist() == pytest.approx([1, 0, 0, -1, 0, 0, 1, 1], abs=1e-6)
 
 
-def test_floors_know_position_and_mean_colour_and_nothing_else():
+def test_floors_know_position_mean_colour_and_pixels_and_nothing_else():
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (2, 3, 16, 24), dtype=np.uint8))
     floors = floor_maps(images, 8)
@@ -261,6 +308,12 @@ def test_floors_know_position_and_mean_colour_and_nothing_else():
     place = torch.tensor([0.75, 2.5 / 3])
     expected = wave_code(torch.cat((place, cell)))
     torch.testing.assert_close(floors["colour_position"][1, :, 1, 2], expected, atol=1e-5, rtol=0)
+    pixels = floors["pixels_position"]
+    assert pixels.shape == (2, 16 + 192, 2, 3) and torch.equal(pixels[:, :16], floors["position"])
+    patch = images[1, :, 8:16, 16:24].flatten().float() / 255
+    torch.testing.assert_close(pixels[1, 16:, 1, 2], patch)
     shuffled = images.clone()
     shuffled[..., :8, :8] = images[..., :8, :8].flip(-1)  # another cell with the same mean
-    torch.testing.assert_close(floor_maps(shuffled, 8)["colour_position"], floors["colour_position"])
+    other = floor_maps(shuffled, 8)
+    torch.testing.assert_close(other["colour_position"], floors["colour_position"])
+    assert not torch.equal(other["pixels_position"], pixels)

@@ -15,16 +15,15 @@ pytest.importorskip("detectron2")
 from PIL import Image  # noqa: E402
 from tiny import save_pictures, save_segmentation, tiny_config, tiny_model, train  # noqa: E402
 
+from jepa_plugins.core.probing import table, undisturbed  # noqa: E402
 from jepa_plugins.d2.engine import Trainer  # noqa: E402
-from jepa_plugins.d2.hooks import ProbeHook, undisturbed  # noqa: E402
+from jepa_plugins.d2.hooks import ProbeHook  # noqa: E402
 from jepa_plugins.d2.probing import (  # noqa: E402
     ProbeSettings,
-    assign_clusters,
     labelled_cells,
     labelled_records,
     probe_floors,
     probe_model,
-    table,
 )
 
 CLASSES = 3
@@ -98,11 +97,6 @@ def test_floors_tell_colour_from_position(labelled) -> None:
     assert set(floors) == {"position", "colour_position"}
     assert floors["colour_position"]["linear_mIoU"] > 95
     assert floors["position"]["linear_accuracy"] < 60
-
-
-def test_clusters_are_assigned_one_to_one() -> None:
-    counts = np.array([[9, 8, 0], [8, 0, 0], [0, 0, 1]])  # greedy would take 9 and leave 0 for the second
-    assert assign_clusters(counts).tolist() == [1, 0, 2]
 
 
 def test_a_models_rows_have_the_names_of_its_maps_and_copies(labelled) -> None:

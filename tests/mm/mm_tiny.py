@@ -16,11 +16,24 @@ pytest.importorskip("mmengine")  # of every test that imports this file
 pytest.importorskip("mmcv")
 
 from mmengine.config import Config  # noqa: E402
+from mmengine.hooks import Hook  # noqa: E402
+from mmengine.registry import HOOKS  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICK = REPOSITORY / "configs" / "mmseg" / "quick"
 _numbers = itertools.count()
+
+
+@HOOKS.register_module()
+class StopAt(Hook):
+    """Ends a run early, without making it a shorter one."""
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        runner.train_loop.stop_training = runner.iter + 1 >= self.iteration
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 48)) -> Path:
@@ -33,6 +46,23 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 48)) -> 
         pixels = (pixels + rng.integers(-20, 20, pixels.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:03d}.png")
     return folder
+
+
+def write_labelled(root: Path, count: int = 4, columns: int = 6) -> Path:
+    """A semantic data set of pictures [32, 8 * columns] whose label, one of three, is written in their colour, in
+    squares of 8 pixels; the first row of squares is ignored."""
+    colours = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250]], np.uint8)
+    rng = np.random.default_rng(3)
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            labels = rng.integers(0, 3, (4, columns)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+            Image.fromarray(colours[labels]).save(root / "images" / split / f"{i}.png")
+            labels[:8] = 255
+            Image.fromarray(labels).save(root / "annotations" / split / f"{i}.png")
+    (root / "classes.txt").write_text("red\ngreen\nblue\n")
+    return root
 
 
 def tiny_config(source: Path, work_dir: Path, name: str = "dmt_jepa", **changes: Any) -> Config:

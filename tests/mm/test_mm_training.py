@@ -10,24 +10,11 @@ import numpy as np
 import pytest
 import torch
 from mm_tiny import logged, tiny_config, train, weights, write_images
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from jepa_plugins.core.checkpoints import CheckpointError, read_checkpoint
 from jepa_plugins.core.images import ImageError
 from jepa_plugins.core.schedules import warmup_cosine
-
-
-@HOOKS.register_module()
-class StopAt(Hook):
-    """Ends a run early, without making it a shorter one."""
-
-    def __init__(self, iteration: int) -> None:
-        self.iteration = iteration
-
-    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        runner.train_loop.stop_training = runner.iter + 1 >= self.iteration
 
 
 @pytest.fixture(scope="module")
