@@ -32,13 +32,13 @@ DETECTRON2 = [
 # user and `mm-onedl` asks for the forks by name.
 OPENMMLAB: list[str] = []
 OPENMMLAB_FORKS = ["onedl-mmengine", "onedl-mmcv", "onedl-mmsegmentation"]
+REPRODUCTION = ["PyYAML", "rich", "matplotlib", "submitit"]  # tools/reproduce.py and tools/submit.py
 DEVELOPMENT = [
     "pytest",
     "pytest-xdist",
     "hypothesis",
     "ruff",
     "mypy",
-    "rich",
     "scikit-learn",
     "transformers",  # its Mask2Former, which tools/export.py writes for
     "setuptools",
@@ -81,6 +81,7 @@ setup(
         "d2": DETECTRON2,
         "mm": OPENMMLAB,
         "mm-onedl": OPENMMLAB + OPENMMLAB_FORKS,
-        "dev": DEVELOPMENT,
+        "reproduce": REPRODUCTION,
+        "dev": REPRODUCTION + DEVELOPMENT,
     },
 )

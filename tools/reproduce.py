@@ -115,6 +115,8 @@ def runnable(planner: Planner, rows: list[Row]) -> list:
         try:
             planner.runs_of(row)
             ready.append(row)
+            if row.waits_for:
+                print(f"# row {row.number}: pre-training only; the rest waits for {row.waits_for}")
         except ManifestError as error:
             if len(rows) == 1:
                 raise

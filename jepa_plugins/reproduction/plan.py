@@ -210,12 +210,12 @@ class Planner:
                 this scale.
         """
         for row in rows:
-            runnable = self.runs_of(row)
-            for run in runnable:
-                for seed in self.choice.seeds if isinstance(run, Experiment) else self._own_seeds():
-                    if isinstance(run, Experiment):
+            for run in self.runs_of(row):
+                if isinstance(run, Experiment):
+                    for seed in self.choice.seeds:
                         self._experiment(run, seed)
-                    else:
+                elif isinstance(run, Pretraining):
+                    for seed in self.choice.seeds if self.choice.pretraining_seeds else (0,):
                         self._pretraining(run, seed)
         return list(self.stages.values())
 
@@ -252,9 +252,6 @@ class Planner:
         if isinstance(run, Experiment) and run.pretraining:
             return self.manifest.pretrainings[run.pretraining].waits_for
         return ""
-
-    def _own_seeds(self) -> tuple[int, ...]:
-        return self.choice.seeds if self.choice.pretraining_seeds else (0,)
 
     # --- stages
 
@@ -367,6 +364,8 @@ class Planner:
         return {key: self._fill(value) for key, value in values.items()}
 
     def _fill(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self._fill(part) for part in value]
         return value.replace("{data}", str(self.data)) if isinstance(value, str) else value
 
 
