@@ -573,9 +573,10 @@ def _check_parts(model: nn.Module, report: LoadReport, required: Sequence[str], 
         if not any(below(name, prefix) for name in names):
             raise ValueError(f"the model has no '{prefix}', so no checkpoint can fill it: check 'required'")
     begun = [prefix for prefix in whole if any(below(name, prefix) for name in report.loaded)]
+    loaded = set(report.loaded)
     for prefix in [*required, *begun]:
         total = sum(below(name, prefix) for name in names)
-        missing = [name for name in report.missing if below(name, prefix)]
+        missing = [n for n in report.missing if below(n, prefix) and not _counts_batches(n, loaded)]
         if not missing:
             continue
         raise CheckpointError(
@@ -584,6 +585,15 @@ def _check_parts(model: nn.Module, report: LoadReport, required: Sequence[str], 
             f"{_some([repr(name) for name in missing], most=2)}: give the checkpoint of the same model, or "
             "the config that it was trained with"
         )
+
+
+def _counts_batches(name: str, loaded: set[str]) -> bool:
+    """Whether a missing tensor is the counter of a batch norm whose statistics are there.
+
+    Frozen batch norms have none, so a checkpoint of theirs fills a batch norm that trains all the same.
+    """
+    layer, _, last = name.rpartition(".")
+    return last == "num_batches_tracked" and f"{layer}.running_var" in loaded
 
 
 def _numbered(names: Iterable[str]) -> set[str]:

@@ -471,3 +471,16 @@ def test_names_of_published_files(tmp_path: Path) -> None:
     (tmp_path / "images.tar").write_bytes(b"x" * 100)
     with pytest.raises(CheckpointError, match="no checkpoint by its name"):
         read_checkpoint(tmp_path / "images.tar")
+
+
+def test_a_frozen_norms_weights_fill_one_that_trains() -> None:
+    """A frozen batch norm has no counter of batches; weights without its statistics are still refused."""
+    model = trained()
+    weights = OrderedDict(model.state_dict())
+    counters = [name for name in weights if name.endswith("num_batches_tracked")]
+    frozen = OrderedDict((k, v) for k, v in weights.items() if k not in counters)
+    report = load_into(trained(), frozen, required=["backbone"], whole=["backbone"])
+    assert counters and set(counters) == set(report.missing)
+    without = OrderedDict((k, v) for k, v in frozen.items() if not k.endswith("running_var"))
+    with pytest.raises(CheckpointError, match="lacks 2 of the .* tensors of backbone"):
+        load_into(trained(), without, required=["backbone"])
