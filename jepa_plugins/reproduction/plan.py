@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ class Stage:
     """One command.
 
     Attributes:
-        name: unique, such as pretrain/mask_jepa_R50/seed_0; kind: data, pretrain, export, experiment.
+        name: unique, such as pretrain/mask_jepa_R50/seed_0; kind: data, pretrain, export, weights, experiment.
         folder: of everything that it writes.
         command: prefix, tool and arguments; environment: variables that it needs.
         run: what it trains or evaluates, None for data and exports; seed: of the run.
@@ -288,10 +288,20 @@ class Planner:
                 exported = self._export(first, family, run)
                 file, needs = str(exported.folder / "export.pth"), (*needs, exported.name)
             weights = {family.weights_key: file}
+        elif run.finished and self.choice.scale != "full":
+            stand_in = self._stand_in(run, needs)
+            weights = {family.weights_key: Argument("", Checkpoint(stand_in.folder, run.toolkit))}
+            needs = (*needs, stand_in.name)
         else:
             weights = self._public(run)
         folder = self.base / "experiments" / run.name / f"seed_{seed}"
         return self._add(self._training(run, seed, folder, "experiment", weights, needs))
+
+    def _stand_in(self, run: Experiment, needs: tuple[str, ...]) -> Stage:
+        """A hardly trained model of the same configuration in place of finished public weights."""
+        folder = self.base / "weights" / run.name
+        stage = self._training(replace(run, finished=False), 0, folder, "weights", {}, needs)
+        return self._add(replace(stage, run=None))
 
     def _export(self, first: Stage, family: Family, run: Experiment) -> Stage:
         tag = "_".join(("export", *(option.strip("-") for option in run.export_options)))

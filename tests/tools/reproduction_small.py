@@ -129,6 +129,7 @@ def small_manifest() -> Manifest:
             export_options=("--drop", "predictor"),
             metrics={"sem_seg/mIoU": 47.3},
         ),
+        Experiment("zoo", f"{semantic}.yaml", weights="r50", finished=True, metrics={"sem_seg/mIoU": 47.2}),
         Experiment(
             "upernet",
             "mmseg/upernet/vit_base16_ade20k_512x512_160k.py",

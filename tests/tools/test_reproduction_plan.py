@@ -138,6 +138,14 @@ def test_smoke_makes_its_data_and_ignores_public_weights() -> None:
     assert "'model.neck.rescales=[4,2]'" in listed
 
 
+def test_public_models_are_evaluated_only_and_have_a_stand_in_at_small_scales() -> None:
+    (stage,) = plan(8)
+    assert "--eval-only" in stage.shell() and options(stage)["MODEL.WEIGHTS"] == "R-50.pkl"
+    _, first, second = plan(8, scale="smoke")
+    assert first.run is None and "--resume" in first.shell() and "--eval-only" in second.shell()
+    assert options(second)["MODEL.WEIGHTS"] == str(first.folder / "model_final.pth")
+
+
 def test_quick_takes_the_stand_in_configuration() -> None:
     (stage,) = plan(1, scale="quick")
     assert stage.config == "detectron2/quick/mask_jepa.yaml"

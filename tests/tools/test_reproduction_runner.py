@@ -115,6 +115,7 @@ def test_states_are_derived(place: Path) -> None:
         5: "broken",  # the stand-in project has no tests and no tools/figures.py
         6: "broken",
         7: "waits",
+        8: "unchecked",
     }
     manifest = small_manifest()
     configs = [run.config for run in (*manifest.pretrainings.values(), *manifest.experiments.values())]
