@@ -151,8 +151,10 @@ def run_run(args: argparse.Namespace, manifest: Manifest) -> None:
     planner = Planner(manifest, choice_of(args))
     stages = runnable(planner, rows_named(manifest, args.rows))
     for result in Runner(planner, ROOT, say=lambda line: print(line, flush=True)).run(stages):
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items() if "-" not in name)
-        print(f"{result.name}, seed {result.seed}: {shown or 'done'}")
+        experiment = manifest.experiments.get(result.name)
+        wanted = experiment.metrics if experiment and experiment.metrics else result.metrics
+        shown = [f"{name} {result.metrics[name]:.2f}" for name in wanted if name in result.metrics]
+        print(f"{result.name}, seed {result.seed}: {', '.join(shown) or 'done'}")
 
 
 def run_build(args: argparse.Namespace, manifest: Manifest) -> None:

@@ -145,6 +145,7 @@ def small_manifest() -> Manifest:
         Row(4, "UPerNet", "run", ("dmt_jepa",), experiments=("upernet",), toolkits=("mmengine",)),
         Row(5, "noise", "component", ("mask_jepa",), tests=("tests/core/test_masking.py",)),
         Row(6, "bars", "figure", ("mask_jepa",), commands=("python tools/figures.py kmeans",)),
+        Row(8, "public model", "run", ("mask_jepa",), experiments=("zoo",)),
         Row(
             7, "view level", "run", ("dmt_jepa",), pretrainings=("dmt_jepa",), waits_for="the view-level loss"
         ),
