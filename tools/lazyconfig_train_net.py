@@ -5,15 +5,17 @@ python tools/lazyconfig_train_net.py --config-file detectron2/lazy/mask_rcnn_vit
 train.init_checkpoint=work_dirs/vit_base16/epoch_600.pth
 python tools/lazyconfig_train_net.py --config-file ... --eval-only train.init_checkpoint=output/model_final.pth
 python tools/lazyconfig_train_net.py --config-file ... --resume
+torchrun --nproc-per-node 8 tools/lazyconfig_train_net.py --config-file ...
+srun --ntasks-per-node 8 --gpus-per-node 8 python tools/lazyconfig_train_net.py --config-file ...
 
 detectron2's own script runs the same files. This one reads checkpoints of any model without running their code,
-trains in mixed precision without CUDA too, and says in one sentence what is wrong.
+trains in mixed precision without CUDA too, holds the batch to the recipe's (train.recipe_batch), writes the figures
+of an evaluation to evaluation.json, and says in one sentence what is wrong.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
 import torch
@@ -24,7 +26,6 @@ from detectron2.engine import (
     default_setup,
     default_writers,
     hooks,
-    launch,
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -35,7 +36,9 @@ import jepa_plugins.d2  # noqa: F401  registers our models
 from jepa_plugins.config_files import find_config
 from jepa_plugins.core.cli import one_sentence
 from jepa_plugins.d2.checkpoint import Checkpointer
-from jepa_plugins.d2.engine import Loop
+from jepa_plugins.d2.distributed import run
+from jepa_plugins.d2.engine import Loop, check_recipe, ddp_devices
+from jepa_plugins.d2.evaluation_file import record, written
 from jepa_plugins.d2.hooks import CollapseHook
 from jepa_plugins.d2.launchers import LauncherCheckpointer
 from jepa_plugins.d2.mask_jepa import MaskJEPA
@@ -49,7 +52,7 @@ def configuration(args: Any) -> Any:
     Raises:
         ValueError: a change that is no KEY=VALUE, or of a key that does not exist; a file without what it needs.
     """
-    args.config_file = find_config(args.config_file)
+    args.config, args.config_file = args.config_file, find_config(args.config_file)
     cfg = LazyConfig.load(args.config_file)
     absent = [key for key in ("model", "optimizer", "lr_multiplier", "dataloader", "train") if key not in cfg]
     if absent:
@@ -71,27 +74,42 @@ def precision(cfg: Any) -> torch.dtype | None:
     return torch.float16 if str(cfg.train.device).startswith("cuda") else torch.bfloat16
 
 
-def evaluate(cfg: Any, model: torch.nn.Module) -> Any:
-    """Figures of the configured evaluator, printed too; None without one."""
+def check_batch(cfg: Any) -> None:
+    """Print the effective batch, and hold it to the recipe.
+
+    Raises:
+        ValueError: it is another, or does not divide among the processes.
+    """
+    total, world = cfg.dataloader.train.get("total_batch_size"), comm.get_world_size()
+    if total is None:
+        return  # a loader that is not ours
+    if total % world:
+        raise ValueError(f"dataloader.train.total_batch_size {total} must be a multiple of {world} processes")
+    parts, recipe = cfg.optimizer.get("accumulation", 1), cfg.train.get("recipe_batch", 0)
+    fit = f"dataloader.train.total_batch_size={recipe // parts}"
+    check_recipe(total // world, world, parts, recipe, fit, "train.recipe_batch=0")
+
+
+def evaluate(cfg: Any, model: torch.nn.Module, checkpoint: str | None, config: str) -> Any:
+    """Figures of the configured evaluator, printed and put into evaluation.json; None without one."""
     if "evaluator" not in cfg.dataloader:
         return None
-    results = inference_on_dataset(
-        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-    )
+    loader = instantiate(cfg.dataloader.test)
+    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():
         print_csv_format(results)
+    images = len(loader.dataset)
+    record(cfg.train.output_dir, results, checkpoint=checkpoint, config=config, images=images)
     return results
 
 
 def train(args: Any, cfg: Any) -> None:
     """Start, or with --resume go on from the last checkpoint."""
+    check_batch(cfg)
     model = instantiate(cfg.model).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    ddp = dict(cfg.train.ddp)
-    if not str(cfg.train.device).startswith("cuda"):
-        ddp["device_ids"] = None  # they make sense for GPUs only
-    wrapped = create_ddp_model(model, **ddp)
+    wrapped = create_ddp_model(model, **{**cfg.train.ddp, "device_ids": ddp_devices(cfg.train.device)})
     loop = Loop(
         wrapped,
         instantiate(cfg.dataloader.train),
@@ -112,7 +130,10 @@ def train(args: Any, cfg: Any) -> None:
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             CollapseHook() if isinstance(model, MaskJEPA) else None,
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
-            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, wrapped)),
+            hooks.EvalHook(
+                cfg.train.eval_period,
+                lambda: evaluate(cfg, wrapped, written(cfg.train.output_dir, loop), args.config),
+            ),
             hooks.PeriodicWriter(
                 default_writers(cfg.train.output_dir, cfg.train.max_iter), period=cfg.train.log_period
             )
@@ -142,12 +163,13 @@ def main(args: Any) -> Any:
         raise ValueError(f"{args.config_file} has no dataloader.evaluator, so nothing can be evaluated")
     model = instantiate(cfg.model).to(cfg.train.device)
     Checkpointer(model, required=[""], trust=args.trust).load(cfg.train.init_checkpoint)
-    return evaluate(cfg, model)
+    return evaluate(cfg, model, cfg.train.init_checkpoint, args.config)
 
 
 def build_parser() -> Any:
     """detectron2's options and ours."""
     parser = default_argument_parser(__doc__)
+    parser.set_defaults(dist_url="auto")  # a free port, where all processes are on one machine
     parser.add_argument(
         "--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code"
     )
@@ -155,15 +177,4 @@ def build_parser() -> Any:
 
 
 if __name__ == "__main__":
-    arguments = build_parser().parse_args()
-    try:
-        launch(
-            main,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
-            args=(arguments,),
-        )
-    except torch.multiprocessing.ProcessExitedException as error:  # a process that has said why
-        sys.exit(error.exit_code)
+    run(main, build_parser().parse_args())

@@ -3,7 +3,10 @@
 
 python tools/test.py mmseg/quick/upernet.py work_dirs/upernet/iter_300.pth
 python tools/test.py mmseg/upernet/vit_base16_ade20k_512x512_160k.py work_dirs/NAME/iter_160000.pth --tta
-torchrun --nproc-per-node 8 tools/test.py CONFIG CHECKPOINT --launcher pytorch
+torchrun --nproc-per-node 8 tools/test.py CONFIG CHECKPOINT
+srun --ntasks-per-node 8 --gpus-per-node 8 python tools/test.py CONFIG CHECKPOINT
+
+The figures go to evaluation.json in the work folder, too.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from jepa_plugins.config_files import find_config  # noqa: E402
 from jepa_plugins.core.checkpoints import check_file  # noqa: E402
 from jepa_plugins.core.cli import one_sentence  # noqa: E402
 from jepa_plugins.mm.checkpoints import TRUST  # noqa: E402
-from jepa_plugins.mm.distributed import start_processes  # noqa: E402
+from jepa_plugins.mm.distributed import LAUNCHERS, leave_processes, start_processes  # noqa: E402
+from jepa_plugins.mm.run_hooks import EvaluationFileHook  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,11 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--wait-time", type=float, default=2, help="seconds that a prediction is shown")
     parser.add_argument("--tta", action="store_true", help="several scales and flips, as tta_pipeline says")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
-    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument(
+        "--launcher", choices=LAUNCHERS, default="auto", help="auto: torchrun's or srun's processes, or one"
+    )
     parser.add_argument(
         "--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code"
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
@@ -97,7 +103,8 @@ def use_tta(cfg: Config) -> None:
 def main() -> None:
     """Evaluate."""
     args = build_parser().parse_args()
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if args.trust:
         os.environ[TRUST] = os.pathsep.join(args.trust)
     if "://" not in args.checkpoint:
@@ -105,7 +112,9 @@ def main() -> None:
     cfg = configuration(args)
     start_processes(cfg)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(EvaluationFileHook(args.config))
     runner.test()
+    leave_processes()
 
 
 if __name__ == "__main__":

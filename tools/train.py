@@ -3,7 +3,8 @@
 
 python tools/train.py mmseg/quick/dmt_jepa.py --work-dir work_dirs/quick
 python tools/train.py mmseg/dmt_jepa/vit_base16.py --cfg-options train_dataloader.dataset.source=imagenet/train
-torchrun --nproc-per-node 8 tools/train.py mmseg/dmt_jepa/vit_base16.py --launcher pytorch
+torchrun --nproc-per-node 8 tools/train.py mmseg/dmt_jepa/vit_base16.py
+srun --ntasks-per-node 8 --gpus-per-node 8 python tools/train.py mmseg/dmt_jepa/vit_base16.py
 python tools/train.py ... --resume
 """
 
@@ -18,12 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # A clone works wi
 
 from mmengine.config import Config, DictAction  # noqa: E402
 from mmengine.registry import RUNNERS  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
+from mmengine.runner import Runner, find_latest_checkpoint  # noqa: E402
 
 from jepa_plugins.config_files import find_config  # noqa: E402
 from jepa_plugins.core.cli import one_sentence  # noqa: E402
 from jepa_plugins.mm.checkpoints import TRUST  # noqa: E402
-from jepa_plugins.mm.distributed import start_processes  # noqa: E402
+from jepa_plugins.mm.distributed import LAUNCHERS, leave_processes, start_processes  # noqa: E402
+from jepa_plugins.mm.run_hooks import EvaluationFileHook, SameBuffersHook  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,11 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint of the folder")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast for our optimiser wrapper")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
-    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument(
+        "--launcher", choices=LAUNCHERS, default="auto", help="auto: torchrun's or srun's processes, or one"
+    )
     parser.add_argument(
         "--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code"
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
@@ -57,7 +61,17 @@ def configuration(args: argparse.Namespace) -> Config:
     if args.amp:
         use_mixed_precision(cfg)
     cfg.resume = args.resume
+    if args.resume and cfg.get("load_from"):
+        go_on(cfg)
     return cfg
+
+
+def go_on(cfg: Config) -> None:
+    """A resumed run takes its own last checkpoint, not what it started from, unless it has none yet."""
+    if os.path.isdir(cfg.work_dir) and find_latest_checkpoint(cfg.work_dir):
+        cfg.load_from = None
+    else:
+        cfg.resume = False
 
 
 def use_mixed_precision(cfg: Config) -> None:
@@ -74,13 +88,17 @@ def use_mixed_precision(cfg: Config) -> None:
 def run() -> None:
     """Train as the command line says."""
     args = build_parser().parse_args()
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if args.trust:
         os.environ[TRUST] = os.pathsep.join(args.trust)
     cfg = configuration(args)
     start_processes(cfg)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    for hook in (SameBuffersHook(), EvaluationFileHook(args.config)):
+        runner.register_hook(hook)
     runner.train()
+    leave_processes()
 
 
 def main() -> None:

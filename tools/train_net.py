@@ -7,14 +7,15 @@ python tools/train_net.py --config-file detectron2/mask2former/ade20k/semantic_R
 MODEL.WEIGHTS exported.pth
 python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 python tools/train_net.py --config-file ... --resume
+torchrun --nproc-per-node 8 tools/train_net.py --config-file ...
+srun --ntasks-per-node 8 --gpus-per-node 8 python tools/train_net.py --config-file ...
+
+The figures of the last evaluation go to OUTPUT_DIR/evaluation.json, too.
 """
 
 from __future__ import annotations
 
-import sys
-
-import torch
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -24,12 +25,14 @@ from jepa_plugins.config_files import find_config
 from jepa_plugins.core.cli import one_sentence
 from jepa_plugins.d2.checkpoint import Checkpointer
 from jepa_plugins.d2.cli import configuration
+from jepa_plugins.d2.distributed import run
 from jepa_plugins.d2.engine import Trainer, prepare_data
+from jepa_plugins.d2.evaluation_file import record, test_images
 
 
 def setup(args):
     """The frozen configuration; without a GPU it runs on the CPU."""
-    args.config_file = find_config(args.config_file)
+    args.config, args.config_file = args.config_file, find_config(args.config_file)
     cfg = configuration(args.config_file, args.opts)
     cfg.freeze()
     default_setup(cfg, args)
@@ -57,8 +60,12 @@ def main(args):
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
+        source = cfg.MODEL.WEIGHTS
+        if args.resume and checkpointer.has_checkpoint():
+            source = checkpointer.get_checkpoint_file()
+        record(cfg.OUTPUT_DIR, results, checkpoint=source, config=args.config, images=test_images(cfg))
         return results
-    trainer = Trainer(cfg, trust=args.trust)
+    trainer = Trainer(cfg, trust=args.trust, config=args.config)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
@@ -66,6 +73,7 @@ def main(args):
 def build_parser():
     """detectron2's options and ours."""
     parser = default_argument_parser(__doc__)
+    parser.set_defaults(dist_url="auto")  # a free port, where all processes are on one machine
     parser.add_argument(
         "--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code"
     )
@@ -73,15 +81,4 @@ def build_parser():
 
 
 if __name__ == "__main__":
-    arguments = build_parser().parse_args()
-    try:
-        launch(
-            main,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
-            args=(arguments,),
-        )
-    except torch.multiprocessing.ProcessExitedException as error:  # a process that has said why
-        sys.exit(error.exit_code)
+    run(main, build_parser().parse_args())

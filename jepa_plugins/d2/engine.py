@@ -25,6 +25,7 @@ from jepa_plugins.d2.data.catalog import check_num_classes, ensure_registered
 from jepa_plugins.d2.data.loader import build_labelled_loader, build_unlabelled_loader
 from jepa_plugins.d2.data.mappers import build_mapper
 from jepa_plugins.d2.evaluation import build_evaluator
+from jepa_plugins.d2.evaluation_file import EvaluationFileHook
 from jepa_plugins.d2.held_out import HeldOutEvaluator, build_held_out_loader
 from jepa_plugins.d2.hooks import CollapseHook, PretrainingNote, TargetHook, monitoring_hooks, unwrapped
 from jepa_plugins.d2.launchers import load_trainer_state, seed_iteration, trainer_state
@@ -63,14 +64,33 @@ def check_batch(cfg: CfgNode, world: int) -> int:
             f"SOLVER.ACCUMULATION {parts}"
         )
     local = total // (world * parts)
+    fit = f"SOLVER.IMS_PER_BATCH {recipe} (raise SOLVER.ACCUMULATION if it does not fit)"
+    check_recipe(local, world, parts, recipe, fit, "SOLVER.RECIPE_IMS_PER_BATCH 0")
+    return local
+
+
+def check_recipe(local: int, world: int, parts: int, recipe: int, fit: str, off: str) -> None:
+    """Print the effective batch and hold it to the recipe's.
+
+    Args:
+        local, world, parts: images of a process and forward, processes, accumulated forwards.
+        recipe: images of an optimiser step; 0 accepts any.
+        fit: how to get that batch; off: how to turn the check off.
+
+    Raises:
+        ValueError: the batch is another.
+    """
+    total = local * world * parts
     logger.info("effective batch %d = %d images x %d processes x %d accumulated", total, local, world, parts)
     if recipe and recipe != total:
         raise ValueError(
-            f"the effective batch is {total}, the recipe's {recipe}: set SOLVER.IMS_PER_BATCH {recipe} "
-            "(raise SOLVER.ACCUMULATION if it does not fit), or SOLVER.RECIPE_IMS_PER_BATCH 0 to run it "
-            "all the same"
+            f"the effective batch is {total}, the recipe's {recipe}: set {fit}, or {off} to run it all the same"
         )
-    return local
+
+
+def ddp_devices(device: str) -> list[int] | None:
+    """What DistributedDataParallel takes: this process's GPU, or None on the CPU."""
+    return [torch.cuda.current_device()] if str(device).startswith("cuda") else None
 
 
 class StartedLate:
@@ -155,20 +175,19 @@ class Trainer(DefaultTrainer):
 
     Args:
         trust: checkpoint files that may run code when they are read.
+        config: the configuration's name, for evaluation.json.
 
     Raises:
         ValueError, FileNotFoundError: one sentence each for a configuration that cannot run.
     """
 
-    def __init__(self, cfg: CfgNode, trust: Sequence[str] = ()) -> None:
+    def __init__(self, cfg: CfgNode, trust: Sequence[str] = (), config: str | None = None) -> None:
         TrainerBase.__init__(self)
         check_batch(cfg, comm.get_world_size())
         prepare_data(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        # device_ids makes sense for GPUs only
-        wrap = {} if cfg.MODEL.DEVICE.startswith("cuda") else {"device_ids": None}
-        wrapped = create_ddp_model(model, broadcast_buffers=False, **wrap)
+        wrapped = create_ddp_model(model, broadcast_buffers=False, device_ids=ddp_devices(cfg.MODEL.DEVICE))
         self._trainer = Loop(
             wrapped,
             self.build_train_loader(cfg),
@@ -187,7 +206,7 @@ class Trainer(DefaultTrainer):
             trainer=weakref.proxy(self),
             **notes,
         )
-        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.start_iter, self.max_iter, self.cfg, self.config = 0, cfg.SOLVER.MAX_ITER, cfg, config
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -211,7 +230,7 @@ class Trainer(DefaultTrainer):
             hooks[1:1] = [TargetHook(model), CollapseHook()]
         writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
         place = min(writers, default=len(hooks))
-        hooks[place:place] = monitoring_hooks(self.cfg, model)
+        hooks[place:place] = [EvaluationFileHook(), *monitoring_hooks(self.cfg, model)]
         return hooks
 
     @classmethod

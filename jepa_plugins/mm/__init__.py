@@ -13,6 +13,7 @@ from jepa_plugins.mm import (
     loops,
     model,
     optim,
+    run_hooks,
     transforms,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "loops",
     "model",
     "optim",
+    "run_hooks",
     "transforms",
 ]
 checkpoints.install()

@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
     `position` is its number in the whole run, `step x batch size + place in the batch`; with `seed` it keys every
     draw. `image` is the image's number. The global batch of its optimiser step holds the positions `start` to
-    `start + total - 1`.
+    `start + total - 1`; any other position fills a process that has no image of it, and counts in no loss.
     """
 
     seed: int
@@ -43,6 +43,11 @@ class BatchPlace:
     positions: tuple[int, ...]
     start: int
     total: int
+
+    @property
+    def counted(self) -> int:
+        """How many of the images count: all, but those that fill a process."""
+        return sum(self.start <= position < self.start + self.total for position in self.positions)
 
 
 @DATASETS.register_module()
@@ -172,7 +177,8 @@ class RunBatchSampler(Sampler):
 
     An optimiser step takes one global batch, `batch_size x processes x accumulation` images of the epoch's order.
     It is divided evenly, in that order, over the accumulated iterations and then the processes. An epoch ends with
-    a smaller batch, which `drop_last` leaves out; one of fewer images than parts takes the epoch's first again.
+    a smaller batch, which `drop_last` leaves out. A process that gets none of its images takes one that counts
+    nowhere: see `Place`.
 
     Args:
         sampler: an `EpochSampler`. batch_size: images of one process and iteration.
@@ -224,19 +230,13 @@ class RunBatchSampler(Sampler):
             self._epoch, self._order = epoch, self.sampler.order(epoch)
         parts = self.accumulation * self.world
         first = in_epoch * self.global_batch
-        total = max(min(self.global_batch, self.sampler.size - first), parts)
+        total = min(self.global_batch, self.sampler.size - first)
         share = part * self.world + self.rank
-        start = step * self.global_batch
-        return [
-            Place(
-                self.sampler.seed,
-                start + i,
-                int(self._order[(first + i) % self.sampler.size]),
-                start,
-                total,
-            )
-            for i in range(total * share // parts, total * (share + 1) // parts)
-        ]
+        mine = range(total * share // parts, total * (share + 1) // parts)
+        start, seed = step * self.global_batch, self.sampler.seed
+        if not mine:
+            return [Place(seed, start + total, int(self._order[first]), start, total)]
+        return [Place(seed, start + i, int(self._order[first + i]), start, total) for i in mine]
 
     def __iter__(self) -> Iterator[list[Place]]:
         iteration = self.start

@@ -204,7 +204,8 @@ class DMTJEPA(DMTJEPAModel, BaseModel):
             return draw_masks(self.mask, grid, place.seed, index, place.positions[0])
         index = torch.arange(place.start, place.start + place.total)
         masks = draw_masks(self.mask, grid, place.seed, index, place.start)
-        mine = torch.tensor(place.positions) - place.start
+        # what only fills this process takes the masks of the last image
+        mine = (torch.tensor(place.positions) - place.start).clamp(max=place.total - 1)
         return Masks(masks.context[mine], masks.targets[mine])
 
     def forward(self, inputs: Tensor, place: BatchPlace | None = None, mode: str = "loss") -> Any:  # type: ignore[override]
@@ -214,7 +215,8 @@ class DMTJEPA(DMTJEPAModel, BaseModel):
             mode: "loss", or "tensor": features of the target encoder [B, N, D].
 
         Returns:
-            For "loss" the loss, weighted by the share of the global batch that these images are, and metrics.
+            For "loss" the loss, weighted by the share of the global batch that these images are, metrics, and
+            "images", the number that counts.
 
         Raises:
             ValueError: another mode; the model trains without the hook that moves its targets.
@@ -235,7 +237,8 @@ class DMTJEPA(DMTJEPAModel, BaseModel):
         if self.training and self.rank_period and int(self.step) % self.rank_period == 0:
             ranks = rank_metrics(out.maps["target"])
             metrics.update({name: inputs.new_tensor(value) for name, value in ranks.items()})
-        return {"loss": out.losses["loss"] * self.share(place), **metrics}
+        images = inputs.new_tensor(float(place.counted))
+        return {"loss": out.losses["loss"] * self.share(place), **metrics, "images": images}
 
     def maps(self, inputs: Tensor, place: BatchPlace) -> dict[str, Tensor]:
         """Targets [B, N, D] and squared errors of a batch's predictions, as `HeldOutMeter` takes them."""
@@ -246,7 +249,7 @@ class DMTJEPA(DMTJEPAModel, BaseModel):
 
     def share(self, place: BatchPlace) -> float:
         """Factor that makes the mean over processes and accumulated iterations the mean over all images."""
-        return len(place.positions) * self.parts() / place.total
+        return place.counted * self.parts() / place.total
 
     def parts(self) -> int:
         """Processes x accumulated iterations that share a global batch."""
@@ -256,10 +259,15 @@ class DMTJEPA(DMTJEPAModel, BaseModel):
     accumulation = 1  # set by `PretrainLoop`
 
     def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to differentiate; and everything to log, as the mean over processes."""
-        loss = losses["loss"]
-        values = torch.stack([value.detach().float() for value in losses.values()])
+        """The loss to differentiate; and everything to log: the loss as the mean over processes, which its weight
+        makes that over images, and metrics as the mean over images."""
+        # never zero, since in an iteration of many no process may have an image
+        weight = losses["images"].clamp(min=1e-6)
+        logged = {name: value.detach().float() for name, value in losses.items() if name != "images"}
+        values = torch.stack([*(value * weight for value in logged.values()), weight, logged["loss"]])
+        world = 1
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(values)
-            values = values / dist.get_world_size()
-        return loss, dict(zip(losses, values.unbind(), strict=True))
+            world = dist.get_world_size()
+        means = dict(zip(logged, (values[:-2] / values[-2]).unbind(), strict=True))
+        return losses["loss"], {**means, "loss": values[-1] / world}

@@ -52,16 +52,15 @@ def test_an_epoch_holds_each_image_once_and_processes_share_a_step(
             for sampler in parts
             for place in sampler.places(step * accumulation + part)
         ]
-        if len(whole.places(step)) >= world * accumulation:  # else filled up, so that no process is idle
-            assert local == whole.places(step)
+        # the others keep a process busy that has no image of the step
+        local = [place for place in local if place.position < place.start + place.total]
+        assert local == whole.places(step)
         assert [p.position for p in local] == list(range(local[0].start, local[0].start + local[0].total))
         assert local[0].start == step * one.global_batch
         counts = [len(s.places(step * accumulation + a)) for s in parts for a in range(accumulation)]
         assert min(counts) >= 1 and max(counts) - min(counts) <= 1
         seen += [place.image for place in local]
-    assert set(seen) == set(range(size))
-    assert len(seen) - size < world * accumulation  # what filled the last step
-    assert seen[:size] == parts[0].sampler.order(epoch).tolist()
+    assert seen == parts[0].sampler.order(epoch).tolist()
 
 
 def test_imagenet_has_626_steps_an_epoch_or_625() -> None:

@@ -107,6 +107,7 @@ def options(work: Path, data: str = "synthetic") -> list[str]:
         *datasets,
         *(f"model.backbone.arch.{key}={value}" for key, value in ARCH.items()),
         "train_dataloader.batch_size=2",
+        "default_hooks.recipe.batch=None",
         "train_cfg.max_iters=2",
         "train_cfg.val_interval=2",
         "default_hooks.logger.interval=1",

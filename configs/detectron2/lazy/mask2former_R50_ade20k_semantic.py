@@ -34,4 +34,5 @@ dataloader = dict(
     ),
 )
 train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+train.recipe_batch = 16
 train.max_iter = 160000

@@ -42,4 +42,5 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_length=10 / 368750,
 )
 train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+train.recipe_batch = 16
 train.max_iter = 368750  # 50 epochs

@@ -65,5 +65,6 @@ dataloader = dict(
     ),
 )
 train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+train.recipe_batch = 32
 train.max_iter = 187500  # 5 epochs of 1.2 million images
 train.eval_period = 0

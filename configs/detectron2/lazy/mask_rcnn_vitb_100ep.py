@@ -141,4 +141,5 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_factor=0.001,
     warmup_length=250 / 184375,
 )
+train.recipe_batch = 64
 train.max_iter = 184375  # 100 epochs

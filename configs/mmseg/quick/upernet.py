@@ -79,5 +79,7 @@ param_scheduler = [
 train_cfg = dict(max_iters=300, val_interval=300)
 randomness = dict(seed=0)
 env_cfg = dict(cudnn_benchmark=False)
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=300, max_keep_ckpts=1))
+default_hooks = dict(
+    logger=dict(interval=10), checkpoint=dict(interval=300, max_keep_ckpts=1), recipe=dict(batch=8)
+)
 log_processor = dict(by_epoch=False, window_size=10)

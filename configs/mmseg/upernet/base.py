@@ -114,6 +114,7 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=16000, max_keep_ckpts=2),
     sampler_seed=dict(type="DistSamplerSeedHook"),
     visualization=dict(type="SegVisualizationHook"),
+    recipe=dict(type="RecipeBatchHook", batch=16),  # refuses another effective batch; batch=None takes any
 )
 visualizer = dict(type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer")
 log_processor = dict(by_epoch=False)

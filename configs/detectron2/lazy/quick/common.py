@@ -33,6 +33,7 @@ def shrink_training(train, optimizer, dataloader):
     train.update(
         device="cpu", init_checkpoint="", max_iter=400, eval_period=0, seed=0, amp=dict(enabled=False)
     )
+    train.recipe_batch = 0
     train.checkpointer.period = 100000
     optimizer.lr = 0.001
     dataloader.train.update(total_batch_size=8, num_workers=0)
