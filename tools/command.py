@@ -107,7 +107,11 @@ def changes(kind: str, values: dict[str, str | int]) -> list[str]:
 
 def with_option(args: Sequence[str], change: str) -> list[str]:
     """mmengine's arguments with one more --cfg-options, of which the tool reads only one list."""
-    words = list(args)
+    words = [
+        part
+        for word in args
+        for part in ([*word.split("=", 1)] if word.startswith("--cfg-options=") else [word])
+    ]
     if "--cfg-options" not in words:
         return [*words, "--cfg-options", change]
     place = words.index("--cfg-options") + 1

@@ -38,6 +38,7 @@ from jepa_plugins.reproduction.plan import (  # noqa: E402
     Choice,
     Machine,
     Planner,
+    Stage,
     config_hash,
     hours_of,
     needs_of,
@@ -62,9 +63,11 @@ def rows_named(manifest: Manifest, names: Iterable[str]) -> list[Row]:
 
 def choice_of(args: argparse.Namespace) -> Choice:
     """How to run, from the command line."""
-    gpus = args.gpus if args.gpus is not None else _gpus_here()
+    if args.launcher == "slurm" and args.gpus is None:
+        raise ManifestError("--launcher slurm needs --gpus, those of a node: this machine may have none")
+    gpus = args.gpus if args.gpus is not None else _gpus_here() if args.scale == "full" else 0
     launcher = args.launcher or ("torchrun" if args.nodes * max(gpus, 1) > 1 else "plain")
-    machine = Machine(args.nodes, gpus, launcher, args.images_per_gpu)
+    machine = Machine(args.nodes, gpus, launcher, args.images_per_gpu, args.cpus_per_task)
     seeds = tuple(range(args.seeds))
     return Choice(
         args.out.absolute(), args.data.absolute(), args.scale, machine, seeds, args.pretraining_seeds
@@ -98,13 +101,18 @@ def run_plan(args: argparse.Namespace, manifest: Manifest) -> None:
     planner = Planner(manifest, choice)
     machine = choice.machine
     print(f"# {args.scale}: {machine.nodes} x {machine.gpus or 'no'} GPUs, {machine.launcher}")
-    for stage in runnable(planner, rows):
+    if machine.launcher == "torchrun" and machine.nodes > 1:
+        print(
+            "# Set MASTER_ADDR to the first node and start each torchrun on every node; the rest runs on one."
+        )
+    stages = runnable(planner, rows)
+    for stage in stages:
         print(f"\n# {stage.name}\n{stage.shell()}")
     if args.scale == "full":
-        _print_needs(manifest, rows, choice, _costs(args))
+        _print_needs(manifest, stages, choice, _costs(args))
 
 
-def runnable(planner: Planner, rows: list[Row]) -> list:
+def runnable(planner: Planner, rows: list[Row]) -> list[Stage]:
     """Stages of rows; of several rows, those that have nothing to run are named and left out.
 
     Raises:
@@ -115,27 +123,28 @@ def runnable(planner: Planner, rows: list[Row]) -> list:
         try:
             planner.runs_of(row)
             ready.append(row)
-            if row.waits_for:
-                print(f"# row {row.number}: pre-training only; the rest waits for {row.waits_for}")
         except ManifestError as error:
             if len(rows) == 1:
                 raise
             print(f"# left out: {error}")
     if not ready:
         raise ManifestError("none of these rows has anything to run")
-    return planner.plan(ready)
+    stages = planner.plan(ready)
+    for name, waits in planner.left_out.items():
+        print(f"# left out: {name} waits for {waits}")
+    return stages
 
 
 def _costs(args: argparse.Namespace) -> list[dict]:
     return [json.loads(Path(path).read_text(encoding="utf-8")) for path in args.costs]
 
 
-def _print_needs(manifest: Manifest, rows: list[Row], choice: Choice, costs: list[dict]) -> None:
+def _print_needs(manifest: Manifest, stages: list[Stage], choice: Choice, costs: list[dict]) -> None:
     print("\n# data and weights")
-    for need in needs_of(manifest, rows, choice.data):
+    for need in needs_of(manifest, stages, choice.data, ROOT):
         there = "there" if need.there else f"MISSING: {need.how}"
         print(f"#   {need.what} {need.name}: {there}")
-    hours = hours_of(manifest, rows, len(choice.seeds), costs)
+    hours = hours_of(stages, costs)
     print("# GPU-hours")
     for run in hours:
         print(f"#   {run.name}: " + ("unknown" if run.hours is None else f"{run.hours:,.1f} ({run.source})"))
@@ -150,7 +159,8 @@ def run_run(args: argparse.Namespace, manifest: Manifest) -> None:
     """Run rows; finished stages are skipped."""
     planner = Planner(manifest, choice_of(args))
     stages = runnable(planner, rows_named(manifest, args.rows))
-    for result in Runner(planner, ROOT, say=lambda line: print(line, flush=True)).run(stages):
+    runner = Runner(planner, ROOT, say=lambda line: print(line, flush=True), restart=args.restart)
+    for result in runner.run(stages):
         experiment = manifest.experiments.get(result.name)
         wanted = experiment.metrics if experiment and experiment.metrics else result.metrics
         shown = [f"{name} {result.metrics[name]:.2f}" for name in wanted if name in result.metrics]
@@ -188,7 +198,9 @@ def run_report(args: argparse.Namespace, manifest: Manifest) -> None:
     states = States(manifest, args.out, ROOT, commit_of(ROOT)).all()
     results = Results(args.out).load(args.scale)
     rows = rows_named(manifest, args.rows) if args.rows else None
-    written = report.write(manifest, results, args.scale, states, rows, _costs(args), args.out / args.scale)
+    measured = sorted((args.out / args.scale / "costs").glob("*/costs.json"))
+    costs = [*_costs(args), *(json.loads(path.read_text(encoding="utf-8")) for path in measured)]
+    written = report.write(manifest, results, args.scale, states, rows, costs, args.out / args.scale)
     print(*written, sep="\n")
 
 
@@ -209,6 +221,7 @@ def _add_machine(parser: argparse.ArgumentParser, scale: str) -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, help="on each node; default: those that are here, 0 for the CPU")
     parser.add_argument("--launcher", choices=LAUNCHERS, help="default: torchrun for several processes")
+    parser.add_argument("--cpus-per-task", type=int, default=8, help="of each process, under Slurm")
     parser.add_argument("--images-per-gpu", type=int, help="the most images at once; the rest is accumulated")
     parser.add_argument("--data", type=Path, default=root, help="root of all data sets: DETECTRON2_DATASETS")
 
@@ -237,6 +250,9 @@ def build_parser() -> argparse.ArgumentParser:
     reporting = commands.add_parser("report", help="Markdown and one HTML page")
     reporting.add_argument("rows", nargs="*", metavar="ROW|TABLE")
     reporting.add_argument("--scale", choices=SCALES, default="full")
+    commands.choices["run"].add_argument(
+        "--restart", action="store_true", help="runs whose configuration has changed start anew"
+    )
     for command in (reporting, commands.choices["plan"]):
         command.add_argument("--costs", nargs="*", default=[], metavar="FILE", help="of benchmarks/cost.py")
     for command in commands.choices.values():

@@ -84,7 +84,8 @@ class Run:
         name: in the manifest; config: below configs/, empty only when it waits; overrides: of its keys.
         data: keys of `data`; weights: key of `weights` or empty.
         gpu_hours: of the full run, and hours_source: where that number comes from; None and empty when unknown.
-        batch: images of an optimiser step; waits_for: what the project does not have yet.
+        batch: images of an optimiser step; images_per_gpu: the most of a process at once, 0 as the family says.
+        waits_for: what the project does not have yet.
         finished: the run only evaluates its weights.
     """
 
@@ -96,6 +97,7 @@ class Run:
     gpu_hours: float | None = None
     hours_source: str = ""
     batch: int | None = None
+    images_per_gpu: int = 0
     waits_for: str = ""
     finished: bool = False
 
@@ -150,7 +152,7 @@ class Row:
         where: sections, tables and figures; toolkits: detectron2, mmengine, or none; origin: of `ORIGINS`.
         pretrainings, experiments: names; quotes: numbers of other papers.
         weights: public files that a run of one's own could start from.
-        tests: of a component, file::test; commands: of a figure.
+        tests: of a component, file::test; commands: of a figure; costs: configurations to measure.
         waits_for: what the project does not have yet; notes: keys of `notes`, the papers' contradictions.
     """
 
@@ -167,6 +169,7 @@ class Row:
     weights: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
+    costs: tuple[str, ...] = ()
     waits_for: str = ""
     notes: tuple[str, ...] = ()
 
@@ -346,7 +349,7 @@ def _check(manifest: Manifest) -> None:
     for run in manifest.experiments.values():
         known(run.name, [run.pretraining], manifest.pretrainings, "pretrainings")
         known(run.name, [run.baseline], manifest.experiments, "experiments")
-    needs = {"run": ("pretrainings", "experiments"), "quote": ("quotes",), "component": ("tests",)}
+    needs = {"run": ("pretrainings", "experiments", "costs"), "quote": ("quotes",), "component": ("tests",)}
     needs["figure"] = ("commands",)
     for row in manifest.rows.values():
         owner = f"row {row.number}"

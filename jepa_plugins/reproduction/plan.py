@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ class Machine:
     Attributes:
         nodes: machines; gpus: on each, 0 for one process on the CPU.
         launcher: plain (one process), torchrun, or slurm (srun, inside an allocation).
-        images_per_gpu: the most images that one process holds at once; None leaves it to the family.
+        images_per_gpu: the most images that one process holds at once; None leaves it to the manifest.
+        cpus_per_task: processors of each process under Slurm.
 
     Raises:
         ManifestError: numbers that make no machine.
@@ -46,6 +48,7 @@ class Machine:
     gpus: int = 0
     launcher: str = "plain"
     images_per_gpu: int | None = None
+    cpus_per_task: int = 8
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.gpus < 0:
@@ -69,7 +72,12 @@ class Machine:
         count = max(self.gpus, 1)
         if self.launcher == "slurm":
             gpus = [f"--gpus-per-node={self.gpus}"] if self.gpus else []
-            return ["srun", f"--nodes={self.nodes}", f"--ntasks-per-node={count}", *gpus, "python"]
+            tasks = [
+                f"--nodes={self.nodes}",
+                f"--ntasks-per-node={count}",
+                f"--cpus-per-task={self.cpus_per_task}",
+            ]
+            return ["srun", *tasks, *gpus, "--kill-on-bad-exit=1", "python"]
         if self.nodes == 1:
             return ["torchrun", "--standalone", f"--nproc-per-node={count}"]
         endpoint = "--rdzv-endpoint=$MASTER_ADDR:29500"
@@ -139,11 +147,12 @@ class Stage:
     """One command.
 
     Attributes:
-        name: unique, such as pretrain/mask_jepa_R50/seed_0; kind: data, pretrain, export, weights, experiment.
+        name: unique, such as pretrain/mask_jepa_R50/seed_0; kind: data, cost, pretrain, export, weights, experiment.
         folder: of everything that it writes.
         command: prefix, tool and arguments; environment: variables that it needs.
         run: what it trains or evaluates, None for data and exports; seed: of the run.
         overrides: of the run's configuration; needs: stages before it; config: the file.
+        identity: what decides its outcome: neither where it runs nor how the batch is spread.
     """
 
     name: str
@@ -156,6 +165,7 @@ class Stage:
     config: str = ""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    identity: str = ""
 
     def shell(self) -> str:
         """The command for a person's shell."""
@@ -196,8 +206,11 @@ class Planner:
     """
 
     def __init__(self, manifest: Manifest, choice: Choice) -> None:
+        if choice.scale != "full" and choice.machine.processes > 1:
+            raise ManifestError(f"--scale {choice.scale} runs as one process: leave --nodes and --gpus out")
         self.manifest, self.choice = manifest, choice
         self.base = choice.out / choice.scale
+        self.left_out: dict[str, str] = {}  # runs of the planned rows that wait, and for what
         self.scale_data = manifest.scale_data.get(choice.scale, {})
         self.data = choice.data if choice.scale == "full" else self.base / "data"
         self.stages: dict[str, Stage] = {}
@@ -210,7 +223,10 @@ class Planner:
                 this scale.
         """
         for row in rows:
-            for run in self.runs_of(row):
+            ready = self.runs_of(row)
+            if row.costs:
+                self._cost(row)
+            for run in ready:
                 if isinstance(run, Experiment):
                     for seed in self.choice.seeds:
                         self._experiment(run, seed)
@@ -230,20 +246,34 @@ class Planner:
         only = self.scale_data.get("only")
         if only is not None:
             runs = [run for run in runs if run.name in only]
-            if not runs:
+            if not runs and not row.costs:
                 known = [
                     str(n)
                     for n, r in self.manifest.rows.items()
-                    if {*r.experiments, *r.pretrainings} & {*only}
+                    if r.costs or {*r.experiments, *r.pretrainings} & {*only}
                 ]
                 raise ManifestError(
                     f"row {row.number} has no {self.choice.scale} version; rows that have one: {', '.join(known)}"
                 )
         ready = [run for run in runs if not self.waits(run)]
-        if not ready:
+        self.left_out.update({run.name: self.waits(run) for run in runs if self.waits(run)})
+        if not ready and not row.costs:
             waits = row.waits_for or ", ".join(sorted({self.waits(run) for run in runs}))
             raise ManifestError(f"row {row.number} waits for what this project does not have yet: {waits}")
         return ready
+
+    def _cost(self, row: Row) -> None:
+        """What the configurations of a row cost, measured on this machine; the small scales measure their twins."""
+        folder = self.base / "costs" / f"row_{row.number}"
+        configs = list(row.costs)
+        options: list[str] = []
+        if self.choice.scale != "full":
+            configs = [self.manifest.family(config).quick_config or config for config in configs]
+            options = ["--scale", "quick"]
+        words = ["python", "benchmarks/cost.py", *dict.fromkeys(configs), *options]
+        command = (*words, "--out", str(folder / "costs.json"))
+        identity = json.dumps([row.costs, options])
+        self._add(Stage(f"cost/row_{row.number}", "cost", folder, command, identity=identity))
 
     def waits(self, run: Run) -> str:
         """What a run, or its pre-training, waits for; empty when it can run."""
@@ -263,7 +293,8 @@ class Planner:
         names = []
         for name, command in (self.scale_data.get("commands") or {}).items():
             words = [self._fill(word) for word in shlex.split(command)]
-            stage = Stage(f"data/{name}", "data", self.base / "logs" / "data" / name, ("python", *words))
+            folder = self.base / "logs" / "data" / name
+            stage = Stage(f"data/{name}", "data", folder, ("python", *words), identity=command)
             names.append(self._add(stage).name)
         return tuple(names)
 
@@ -311,7 +342,8 @@ class Planner:
         words = [found.get(word, word.replace("{out}", str(folder / "export.pth"))) for word in family.export]
         command = ("python", *words, *run.export_options)
         name = f"{first.name.replace('pretrain/', 'export/', 1)}/{tag}"
-        return self._add(Stage(name, "export", folder, command, needs=(first.name,)))
+        identity = json.dumps([*family.export, *run.export_options])
+        return self._add(Stage(name, "export", folder, command, needs=(first.name,), identity=identity))
 
     def _training(
         self,
@@ -326,6 +358,9 @@ class Planner:
         config, overrides = self.configured(run, family)
         overrides = {**overrides, **weights, family.seed_key: seed}
         tool = Tool(family.launcher, config, folder, overrides, finished=run.finished)
+        machines = {*family.batch_keys, *(family.data_keys if self.choice.scale == "full" else ())}
+        deciding = {k: v for k, v in overrides.items() if k not in machines and not isinstance(v, Argument)}
+        deciding = {k: v for k, v in deciding.items() if k not in weights or self.choice.scale == "full"}
         return Stage(
             name=f"{kind}/{run.name}/seed_{seed}",
             kind=kind,
@@ -337,6 +372,9 @@ class Planner:
             config=config,
             overrides={k: v for k, v in overrides.items() if k not in weights},
             needs=needs,
+            identity=json.dumps(
+                [family.launcher, config, run.finished, deciding], sort_keys=True, default=str
+            ),
         )
 
     def family(self, run: Run) -> Family:
@@ -357,7 +395,7 @@ class Planner:
 
     def _batch(self, run: Run, family: Family) -> dict[str, Any]:
         """Overrides that spread the recipe's batch over the processes."""
-        if run.batch is None or not family.batch_keys:
+        if run.batch is None or not family.batch_keys or run.finished:
             return {}
         machine = self.choice.machine
         share, rest = divmod(run.batch, machine.processes)
@@ -365,9 +403,14 @@ class Planner:
             raise ManifestError(
                 f"{run.name}: the recipe's {run.batch} images do not divide among {machine.processes} processes"
             )
-        most = machine.images_per_gpu or family.images_per_gpu or share
-        accumulation = next(n for n in range(max(math.ceil(share / most), 1), share + 1) if share % n == 0)
-        values = {"{local}": share // accumulation, "{accumulation}": accumulation, "{total}": run.batch}
+        most = machine.images_per_gpu or run.images_per_gpu or family.images_per_gpu or share
+        parts = next(n for n in range(max(math.ceil(share / most), 1), share + 1) if share % n == 0)
+        if parts > 1 and "{accumulation}" not in family.batch_keys.values():
+            raise ManifestError(
+                f"{run.name} cannot accumulate: {share} images of the recipe's {run.batch} must fit each of "
+                f"{machine.processes} processes; take more of them, or a larger --images-per-gpu"
+            )
+        values = {"{local}": share // parts, "{accumulation}": parts, "{total}": run.batch}
         return {key: values.get(str(value), value) for key, value in family.batch_keys.items()}
 
     def _filled(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -455,10 +498,12 @@ def _bases(path: Path) -> list[str]:
 
 
 def config_hash(name: str) -> str:
-    """SHA-256 over a configuration and its bases, the first 16 digits."""
+    """SHA-256 over what a configuration and its bases say, without comments and layout; the first 16 digits."""
     digest = hashlib.sha256()
     for path in config_chain(name):
-        digest.update(path.read_bytes())
+        text = path.read_text(encoding="utf-8")
+        content = ast.dump(ast.parse(text)) if path.suffix == ".py" else json.dumps(yaml.safe_load(text))
+        digest.update(content.encode())
     return digest.hexdigest()[:16]
 
 
@@ -479,28 +524,32 @@ class Need:
     how: str
 
 
-def needs_of(manifest: Manifest, rows: Iterable[Row], data_root: Path) -> list[Need]:
-    """What full-size runs of rows read, and whether it is there."""
-    chosen = list(rows)
-    runs: Sequence[Run] = [*manifest.pretrainings_of(chosen), *manifest.experiments_of(chosen)]
+def needs_of(manifest: Manifest, stages: Iterable[Stage], data_root: Path, root: Path) -> list[Need]:
+    """What full-size stages read, and whether it is there.
+
+    Args:
+        data_root: of all data sets; root: of the project, where relative weight files are looked for.
+    """
+    runs = [stage.run for stage in stages if stage.run is not None]
     needs = []
     for name in dict.fromkeys(key for run in runs for key in run.data):
         entry = manifest.data[name]
         there = all((data_root / path).exists() for path in entry.get("needs", ()))
-        needs.append(Need(name, "data", there, str(entry.get("how", ""))))
+        needs.append(Need(name, "data", there, str(entry.get("how", "")).replace("DATA", str(data_root))))
     for name in dict.fromkeys(run.weights for run in runs if run.weights):
         weights = manifest.weights[name]
         fetched = "://" in weights.file  # by the toolkit, when it is needed
-        needs.append(Need(name, "weights", fetched or Path(weights.file).expanduser().is_file(), weights.how))
+        there = fetched or (root / Path(weights.file).expanduser()).is_file()
+        needs.append(Need(name, "weights", there, weights.how))
     return needs
 
 
 @dataclass(frozen=True)
 class Hours:
-    """GPU-hours of a full-size run, over its seeds.
+    """GPU-hours of a full-size run.
 
     Attributes:
-        name: of the run; hours: None when nobody has said; source: of the number.
+        name: of the stage; hours: None when nobody has said; source: of the number.
     """
 
     name: str
@@ -508,10 +557,8 @@ class Hours:
     source: str
 
 
-def hours_of(
-    manifest: Manifest, rows: Iterable[Row], seeds: int = 1, costs: Iterable[Mapping[str, Any]] = ()
-) -> list[Hours]:
-    """What the full-size runs of rows take: as measured on a GPU, or else as the papers say.
+def hours_of(stages: Iterable[Stage], costs: Iterable[Mapping[str, Any]] = ()) -> list[Hours]:
+    """What the full-size trainings among stages take: as measured on a GPU, or else as the papers say.
 
     Args:
         costs: contents of files that benchmarks/cost.py wrote.
@@ -525,11 +572,7 @@ def hours_of(
         for entry in file["runs"]
         if entry.get("gpu_hours") is not None
     }
-    chosen = list(rows)
-    runs: list[tuple[Run, int]] = [(run, 1) for run in manifest.pretrainings_of(chosen)]
-    runs += [(run, seeds) for run in manifest.experiments_of(chosen) if not run.finished]
-    found = []
-    for run, times in runs:
-        hours, source = measured.get(run.config, (run.gpu_hours, run.hours_source))
-        found.append(Hours(run.name, None if hours is None else hours * times, source))
-    return found
+    trainings = [(stage.name, stage.run) for stage in stages if stage.run and not stage.run.finished]
+    return [
+        Hours(name, *measured.get(run.config, (run.gpu_hours, run.hours_source))) for name, run in trainings
+    ]

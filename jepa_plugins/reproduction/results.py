@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -139,13 +140,13 @@ def summarise(results: Iterable[Result], metric: str) -> Summary | None:
 
 
 def commit_of(root: Path) -> str:
-    """Commit of a clone, with -dirty when tracked files have changed; the package's version outside of a clone."""
+    """Commit of a clone, with -dirty and a hash of the changes when there are any; else the package's version."""
     try:
         commit = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        changed = _git(root, "diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return f"version {versions().get('jepa_plugins', 'unknown')}"
-    return commit + ("-dirty" if changed else "")
+    return commit + (f"-dirty-{hashlib.sha256(changed.encode()).hexdigest()[:8]}" if changed else "")
 
 
 def _git(root: Path, *args: str) -> str:

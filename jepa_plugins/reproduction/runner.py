@@ -14,11 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jepa_plugins.reproduction.manifest import Experiment, Family
-from jepa_plugins.reproduction.plan import Choice, Planner, Stage, config_hash
+from jepa_plugins.reproduction.plan import Choice, Planner, Stage, config_hash, joined
 from jepa_plugins.reproduction.protocol import protocol_of
 from jepa_plugins.reproduction.results import Result, Results, commit_of, hardware, versions, write_json
 
@@ -35,10 +36,17 @@ class Runner:
     Args:
         planner: that made it; root: of the project, where tools/ is.
         say: takes lines for the user.
+        restart: start runs anew whose configuration has changed, beside what they were.
+
+    Raises:
+        StageError: torchrun on several nodes, which is for a person on each of them.
     """
 
-    def __init__(self, planner: Planner, root: Path, say: Any = print) -> None:
-        self.planner, self.root, self.say = planner, root, say
+    def __init__(self, planner: Planner, root: Path, say: Any = print, restart: bool = False) -> None:
+        machine = planner.choice.machine
+        if machine.launcher == "torchrun" and machine.nodes > 1:
+            raise StageError("torchrun starts on every node by hand: see 'plan', or use --launcher slurm")
+        self.planner, self.root, self.say, self.restart = planner, root, say, restart
         self.choice: Choice = planner.choice
         self.results = Results(self.choice.out)
         self.commit = commit_of(root)
@@ -76,8 +84,11 @@ class Runner:
         return self.results.path(stage.run.name, self.choice.scale, stage.seed).is_file()
 
     def fingerprint(self, stage: Stage) -> str:
-        """Of what decides the outcome of a stage: its command, configuration, and the stages before it."""
-        content = [stage.shell()]
+        """Of what decides the outcome of a stage: what it runs, its configuration, and the stages before it.
+
+        Neither the machine counts, nor how the batch is spread over it, nor where the data are.
+        """
+        content = [stage.name, stage.identity]
         if stage.config:
             content.append(config_hash(stage.config))
         if self.choice.scale == "smoke":
@@ -107,36 +118,73 @@ class Runner:
             yield
 
     def _run(self, stage: Stage) -> None:
-        fingerprint = self.fingerprint(stage)
-        if self._mark(stage).get("fingerprint", fingerprint) != fingerprint:
+        fingerprint, mark = self.fingerprint(stage), self._mark(stage)
+        if mark.get("fingerprint", fingerprint) != fingerprint:
             self._put_away(stage)
+            mark = {}
         stage.folder.mkdir(parents=True, exist_ok=True)
-        started = {"fingerprint": fingerprint, "finished": False, "command": stage.shell()}
-        write_json(stage.folder / MARK, started)
-        seconds = self._call(stage)
+        before = float(mark.get("seconds", 0.0))  # of attempts that were interrupted
+        state: dict[str, Any] = {
+            "fingerprint": fingerprint,
+            "finished": False,
+            "command": stage.shell(),
+            "seconds": before,
+        }
+        write_json(stage.folder / MARK, state)
+        start = time.monotonic()
+        try:
+            self._call(stage)
+            if stage.kind == "experiment":
+                self._evaluate_the_last(stage)
+        finally:
+            state["seconds"] = round(before + time.monotonic() - start, 1)
+            write_json(stage.folder / MARK, state)
         if stage.run is not None:
-            self.results.save(self._result(stage, seconds))
-        write_json(stage.folder / MARK, {**started, "finished": True, "seconds": round(seconds, 1)})
-        self.say(f"    done in {seconds:.0f} s")
+            self.results.save(self._result(stage, state["seconds"]))
+        write_json(stage.folder / MARK, {**state, "finished": True})
+        self.say(f"    done in {time.monotonic() - start:.0f} s")
 
     def _put_away(self, stage: Stage) -> None:
         """What another command or configuration left; smoke runs are not worth keeping."""
         if self.choice.scale == "smoke":
             shutil.rmtree(stage.folder)
             return
+        if not self.restart:
+            raise StageError(
+                f"{stage.name} has run in {stage.folder} with another configuration: put that back, or start anew "
+                "with --restart, which keeps the old folder beside the new one"
+            )
         number = 1
         while (old := stage.folder.with_name(f"{stage.folder.name}.old{number}")).exists():
             number += 1
         stage.folder.rename(old)
-        self.say(f"    its configuration or command has changed: what was there is now {old}")
+        if stage.run is not None:
+            result = self.results.path(stage.run.name, self.choice.scale, stage.seed)
+            if result.is_file():
+                result.rename(old / result.name)
+        self.say(f"    its configuration has changed: what was there is now {old}")
 
-    def _call(self, stage: Stage) -> float:
+    def _evaluate_the_last(self, stage: Stage) -> None:
+        """mmengine writes the last checkpoint before the last validation: a run that was interrupted between them
+        resumes at its end and validates no more."""
+        pointer = stage.folder / "last_checkpoint"
+        if stage.run is None or stage.run.toolkit != "mmengine" or not pointer.is_file():
+            return
+        last = pointer.read_text(encoding="utf-8").strip()
+        path = stage.folder / "evaluation.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if found.get("checkpoint") and Path(found["checkpoint"]).name == Path(last).name:
+            return
+        words = ["tools/test.py", stage.config, last, "--work-dir", str(stage.folder), "--cfg-options"]
+        words += [str(joined(f"{key}=", value)) for key, value in stage.overrides.items()]
+        self._call(replace(stage, command=(*self.choice.machine.prefix(), *words)))
+
+    def _call(self, stage: Stage) -> None:
         command = [sys.executable if word == "python" else word for word in stage.resolved()]
         if command[0] == "torchrun":
             command[:1] = [sys.executable, "-m", "torch.distributed.run"]
         log = stage.folder / "stage.log"
         self.say(f"    $ {stage.shell()}")
-        start = time.monotonic()
         with log.open("a", encoding="utf-8") as sink:
             sink.write(f"$ {shlex.join(command)}\n")
             sink.flush()
@@ -146,7 +194,6 @@ class Runner:
             ).returncode
         if code:
             raise StageError(f"{stage.name} failed: {_last_line(log)} (its log is {log})")
-        return time.monotonic() - start
 
     def _result(self, stage: Stage, seconds: float) -> Result:
         run = stage.run
@@ -154,7 +201,6 @@ class Runner:
         family: Family = self.planner.family(run)
         experiment = isinstance(run, Experiment)
         metrics = _metrics(stage.folder) if experiment else {}
-        before = float(self._mark(stage).get("seconds", 0.0))
         return Result(
             name=run.name,
             kind="experiment" if experiment else "pretraining",
@@ -170,7 +216,7 @@ class Runner:
             versions=versions(),
             hardware=hardware(),
             processes=self.choice.machine.processes,
-            seconds=round(before + seconds, 1),
+            seconds=seconds,
             command=stage.shell(),
             finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )

@@ -19,7 +19,9 @@ BUILDS = "builds.json"
 # from nothing to everything; a run's state is the lowest of what it needs
 STATES = (
     "waits",
+    "partly waits",
     "broken",
+    "stale",
     "unchecked",
     "builds",
     "smoke passed",
@@ -29,7 +31,7 @@ STATES = (
     "drawable",
     "quoted",
 )
-_RUNS = ("broken", "unchecked", "builds", "smoke passed", "quick run", "full run")
+_RUNS = ("broken", "stale", "unchecked", "builds", "smoke passed", "quick run", "full run")
 
 
 class States:
@@ -40,7 +42,7 @@ class States:
     """
 
     def __init__(self, manifest: Manifest, out: Path, root: Path, commit: str) -> None:
-        self.manifest, self.root, self.commit = manifest, root, commit
+        self.manifest, self.out, self.root, self.commit = manifest, out, root, commit
         results = Results(out)
         self.results = {scale: _by_name(results.load(scale)) for scale in ("smoke", "quick", "full")}
         self.builds = read_builds(out)
@@ -68,9 +70,23 @@ class States:
             if isinstance(run, Experiment) and run.pretraining:
                 runs.append(self.manifest.pretrainings[run.pretraining])
         ready = [run for run in runs if not run.waits_for]
-        if row.waits_for or not ready:
+        if row.waits_for or not (ready or row.costs):
             return "waits"
-        return min((self.state_of_run(run) for run in ready), key=_RUNS.index)
+        if len(ready) < len(runs):
+            return "partly waits"
+        states = [self.state_of_run(run) for run in ready]
+        if row.costs:
+            states.append(self._measured(row))
+        return min(states, key=_RUNS.index)
+
+    def _measured(self, row: Row) -> str:
+        for scale, state in (("full", "full run"), ("quick", "quick run"), ("smoke", "smoke passed")):
+            path = self.out / scale / "costs" / f"row_{row.number}" / "costs.json"
+            if path.is_file():
+                commit = json.loads(path.read_text(encoding="utf-8")).get("commit")
+                if scale != "smoke" or commit == self.commit:
+                    return state
+        return "unchecked"
 
     def state_of_run(self, run: Run) -> str:
         """State of one pre-training or experiment."""
@@ -78,10 +94,10 @@ class States:
             config_chain(run.config)
         except FileNotFoundError:
             return "broken"
-        if run.name in self.results["full"]:
-            return "full run"
-        if run.name in self.results["quick"]:
-            return "quick run"
+        for scale, state in (("full", "full run"), ("quick", "quick run")):
+            if found := self.results[scale].get(run.name):
+                same = all(result.config_hash == config_hash(result.config) for result in found)
+                return state if same else "stale"
         if any(result.commit == self.commit for result in self.results["smoke"].get(run.name, ())):
             return "smoke passed"
         build = self.builds.get(run.config)

@@ -23,11 +23,17 @@ if os.environ.get("FAIL") and os.environ["FAIL"] in str(folder):
 if Path(sys.argv[0]).name == "train.py":
     (folder / "iter_2.pth").write_text("weights")
     (folder / "last_checkpoint").write_text(str(folder / "iter_2.pth"))
+elif Path(sys.argv[0]).name == "test.py":
+    assert Path(args[1]).is_file()
 else:
     (folder / "model_final.pth").write_text("weights")
 seed = next(int(part.split("=")[-1]) for part in [*args, "0"] if part.split("=")[-1].isdigit())
 if "experiments" in str(folder):
-    (folder / "evaluation.json").write_text(json.dumps({"metrics": {"sem_seg/mIoU": 40.0 + seed}}))
+    last = str(folder / os.environ.get("EVALUATED", "iter_2.pth"))
+    if Path(sys.argv[0]).name == "test.py":
+        last, seed = args[1], 50
+    content = {"metrics": {"sem_seg/mIoU": 40.0 + seed}, "checkpoint": last}
+    (folder / "evaluation.json").write_text(json.dumps(content))
 """
 EXPORTER = """
 import os, sys
@@ -42,7 +48,7 @@ Path(sys.argv[2]).write_text("exported")
 def project(root: Path) -> Path:
     """A folder with stand-ins of the tools."""
     (root / "tools").mkdir(parents=True)
-    for name in ("train.py", "train_net.py"):
+    for name in ("train.py", "train_net.py", "test.py"):
         (root / "tools" / name).write_text(TRAINER)
     for name in ("export.py", "prepare_data.py"):
         (root / "tools" / name).write_text(EXPORTER if name == "export.py" else TRAINER)
@@ -145,6 +151,7 @@ def small_manifest() -> Manifest:
         Row(4, "UPerNet", "run", ("dmt_jepa",), experiments=("upernet",), toolkits=("mmengine",)),
         Row(5, "noise", "component", ("mask_jepa",), tests=("tests/core/test_masking.py",)),
         Row(6, "bars", "figure", ("mask_jepa",), commands=("python tools/figures.py kmeans",)),
+        Row(9, "cost", "run", ("mask_jepa",), costs=("detectron2/mask_jepa/R50_in1k.yaml",)),
         Row(8, "public model", "run", ("mask_jepa",), experiments=("zoo",)),
         Row(
             7, "view level", "run", ("dmt_jepa",), pretrainings=("dmt_jepa",), waits_for="the view-level loss"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reproduction_small import small_manifest
 
-from jepa_plugins.reproduction.manifest import ManifestError
+from jepa_plugins.reproduction.manifest import ManifestError, load_manifest
 from jepa_plugins.reproduction.plan import (
     Choice,
     Machine,
@@ -99,8 +100,8 @@ def test_mmengine_reads_the_last_checkpoint_of_the_pretraining() -> None:
             "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=$MASTER_ADDR:29500 ",
         ),
         (
-            Machine(2, 8, "slurm"),
-            "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python tools/train.py",
+            Machine(2, 8, "slurm", cpus_per_task=6),
+            "srun --nodes=2 --ntasks-per-node=8 --cpus-per-task=6 --gpus-per-node=8 --kill-on-bad-exit=1 python ",
         ),
     ],
 )
@@ -195,18 +196,83 @@ def test_the_hash_covers_the_bases() -> None:
 
 def test_needs_and_hours(tmp_path: Path) -> None:
     manifest = small_manifest()
-    rows = [manifest.row(2)]
-    needs = {need.name: need for need in needs_of(manifest, rows, tmp_path)}
+    stages = plan(2, seeds=(0, 1, 2), pretraining_seeds=True)
+    needs = {need.name: need for need in needs_of(manifest, stages, tmp_path, tmp_path)}
     assert not needs["imagenet"].there and needs["imagenet"].how == "unpack it"
     assert needs["r50"].what == "weights" and not needs["r50"].there
     (tmp_path / "imagenet" / "train").mkdir(parents=True)
-    assert {n.name: n.there for n in needs_of(manifest, rows, tmp_path)}["imagenet"]
-    hours = {run.name: run for run in hours_of(manifest, rows, seeds=3)}
-    assert (hours["mask_jepa"].hours, hours["mask_jepa"].source) == (100.0, "table 8")
-    assert hours["tuned"].hours is None
+    (tmp_path / "R-50.pkl").write_text("weights")
+    assert all(need.there for need in needs_of(manifest, stages, tmp_path, tmp_path))
+    hours = {run.name: run for run in hours_of(stages)}
+    first = hours["pretrain/mask_jepa/seed_2"]
+    assert (first.hours, first.source) == (100.0, "table 8")
+    assert len(hours) == 3 + 3 + 3 and hours["experiment/tuned/seed_0"].hours is None
     config = manifest.experiments["tuned"].config
     costs = [
         {"hardware": {"gpus": ["A card"]}, "runs": [{"config": config, "gpu_hours": 7.0}, {"config": "x"}]}
     ]
-    measured = {run.name: run for run in hours_of(manifest, rows, seeds=3, costs=costs)}
-    assert (measured["tuned"].hours, measured["tuned"].source) == (21.0, "measured on A card")
+    measured = {run.name: run for run in hours_of(stages, costs)}["experiment/tuned/seed_1"]
+    assert (measured.hours, measured.source) == (7.0, "measured on A card")
+
+
+def test_what_cannot_accumulate_says_so() -> None:
+    manifest = small_manifest()
+    run = replace(manifest.experiments["upernet"], batch=16)
+    manifest.experiments["upernet"] = run
+    family = replace(manifest.families["upernet"], batch_keys={"train_dataloader.batch_size": "{local}"})
+    manifest.families["upernet"] = family
+    one = Planner(manifest, Choice(OUT, DATA, machine=Machine()))
+    assert one.plan([manifest.row(4)])[-1].overrides["train_dataloader.batch_size"] == 16
+    small = Planner(manifest, Choice(OUT, DATA, machine=Machine(images_per_gpu=4)))
+    with pytest.raises(ManifestError, match="upernet cannot accumulate: 16 images"):
+        small.plan([manifest.row(4)])
+
+
+def test_a_public_model_is_evaluated_on_any_number_of_gpus() -> None:
+    (stage,) = plan(8, machine=Machine(gpus=3, launcher="torchrun"))
+    assert "SOLVER.ACCUMULATION" not in stage.shell()
+
+
+def test_small_scales_run_as_one_process() -> None:
+    with pytest.raises(ManifestError, match="--scale smoke runs as one process"):
+        plan(2, scale="smoke", machine=Machine(gpus=2, launcher="torchrun"))
+
+
+def test_costs_are_measured() -> None:
+    (stage,) = plan(9)
+    assert stage.shell().startswith("python benchmarks/cost.py detectron2/mask_jepa/R50_in1k.yaml --out ")
+    small = plan(9, scale="smoke")[-1].shell()
+    assert "detectron2/quick/mask_jepa.yaml --scale quick --out /out/smoke/costs/row_9/costs.json" in small
+
+
+def test_runs_that_wait_are_left_out_by_name() -> None:
+    manifest = small_manifest()
+    manifest.experiments["base"] = replace(manifest.experiments["base"], waits_for="rain")
+    planner = Planner(manifest, Choice(OUT, DATA))
+    assert "experiment/base/seed_0" not in [stage.name for stage in planner.plan([manifest.row(2)])]
+    assert planner.left_out == {"base": "rain"}
+
+
+def test_the_projects_own_plans_keep_every_recipes_batch() -> None:
+    """On 1, 8 and 16 GPUs, whatever can run: images of a process x processes x accumulation."""
+    manifest = load_manifest()
+    ready = [row for row in manifest.rows.values() if row.kind == "run" and not row.waits_for]
+    for nodes, gpus in ((1, 1), (1, 8), (2, 8)):
+        launcher = "torchrun" if gpus > 1 else "plain"
+        planner = Planner(manifest, Choice(OUT, DATA, machine=Machine(nodes, gpus, launcher)))
+        for stage in planner.plan(ready):
+            if stage.run is None or stage.run.finished:
+                continue
+            local = stage.overrides.get("train_dataloader.batch_size")
+            parts = stage.overrides.get("optim_wrapper.accumulative_counts", 1)
+            assert stage.run.batch, stage.name
+            if stage.run.toolkit == "mmengine":
+                assert local * parts * nodes * gpus == stage.run.batch, stage.name
+            else:
+                assert stage.run.batch % (stage.overrides["SOLVER.ACCUMULATION"] * nodes * gpus) == 0, (
+                    stage.name
+                )
+    paper = Planner(manifest, Choice(OUT, DATA, machine=Machine(1, 8, "torchrun")))
+    (stage,) = [s for s in paper.plan([manifest.row(70)]) if s.kind == "pretrain"]
+    assert stage.overrides["train_dataloader.batch_size"] == 256
+    assert stage.overrides["optim_wrapper.accumulative_counts"] == 1

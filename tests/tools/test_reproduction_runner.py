@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from reproduction_small import project, small_manifest
 
-from jepa_plugins.reproduction.plan import Choice, Planner, config_hash
-from jepa_plugins.reproduction.results import Result, Results, read_result, summarise, write_json
+from jepa_plugins.reproduction.plan import Choice, Machine, Planner, config_hash
+from jepa_plugins.reproduction.results import Result, Results, commit_of, read_result, summarise, write_json
 from jepa_plugins.reproduction.runner import Runner, StageError
 from jepa_plugins.reproduction.state import BUILDS, States, has_test, has_tool
 
@@ -21,10 +23,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(place: Path, *rows: int, scale: str = "full", commit: str = "c1", **more) -> list[Result]:
+def run(
+    place: Path, *rows: int, scale: str = "full", commit: str = "c1", restart: bool = False, **more
+) -> list[Result]:
     manifest = small_manifest()
     planner = Planner(manifest, Choice(place / "out", place / "data", scale, **more))
-    runner = Runner(planner, place / "project", say=lambda line: None)
+    runner = Runner(planner, place / "project", say=lambda line: None, restart=restart)
     runner.commit = commit
     return runner.run(planner.plan(manifest.row(number) for number in rows))
 
@@ -80,14 +84,75 @@ def test_a_smoke_run_vouches_for_its_commit_only(place: Path) -> None:
     assert len(calls(place)) == 2 * before and states(place, "c2")[2] == "smoke passed"
 
 
-def test_another_command_starts_anew_and_keeps_the_old_run(place: Path) -> None:
-    run(place, 1)
-    run(place, 1, scale="full", seeds=(0,))
-    folder = place / "out" / "full" / "pretrain" / "mask_jepa" / "seed_0"
+def test_another_configuration_starts_anew_only_when_told_and_keeps_the_old_run(place: Path) -> None:
+    run(place, 2)
+    folder = place / "out" / "full" / "experiments" / "tuned" / "seed_0"
     mark = json.loads((folder / "stage.json").read_text())
     (folder / "stage.json").write_text(json.dumps({**mark, "fingerprint": "other"}))
-    run(place, 1)
-    assert (folder.with_name("seed_0.old1") / "model_final.pth").is_file() and len(calls(place)) == 2
+    with pytest.raises(
+        StageError, match="tuned/seed_0 has run in .* with another configuration: .* --restart"
+    ):
+        run(place, 2)
+    run(place, 2, restart=True)
+    old = folder.with_name("seed_0.old1")
+    assert (old / "model_final.pth").is_file() and (old / "tuned__seed_0.json").is_file()
+    assert len(calls(place)) == 5
+
+
+def test_another_machine_or_place_of_the_data_is_no_other_run(place: Path) -> None:
+    run(place, 2, 4)
+    before = calls(place)
+    manifest = small_manifest()
+    machine = Machine(gpus=2, launcher="torchrun", images_per_gpu=2)
+    planner = Planner(manifest, Choice(place / "out", place / "elsewhere", machine=machine))
+    stages = planner.plan([manifest.row(2), manifest.row(4)])
+    assert "torchrun" in stages[0].shell() and "elsewhere" in stages[0].shell()
+    Runner(planner, place / "project", say=lambda line: None).run(stages)
+    assert calls(place) == before
+
+
+def test_torchrun_on_several_nodes_is_for_people(place: Path) -> None:
+    planner = Planner(small_manifest(), Choice(place, place, machine=Machine(2, 8, "torchrun")))
+    with pytest.raises(StageError, match="torchrun starts on every node by hand"):
+        Runner(planner, place)
+
+
+def test_the_last_checkpoint_is_what_is_evaluated(place: Path, monkeypatch) -> None:
+    """A run that was interrupted behind its last checkpoint has the evaluation of an earlier one."""
+    monkeypatch.setenv("EVALUATED", "iter_1.pth")
+    result = run(place, 4)[-1]
+    assert result.metrics["sem_seg/mIoU"] == 90.0 and calls(place)[-1].startswith("test.py")
+    again = [line for line in calls(place) if line.startswith("test.py")]
+    run(place, 4)
+    assert [line for line in calls(place) if line.startswith("test.py")] == again
+
+
+def test_the_time_of_interrupted_attempts_counts(place: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FAIL", "experiments/tuned")
+    with pytest.raises(StageError):
+        run(place, 2)
+    mark = place / "out" / "full" / "experiments" / "tuned" / "seed_0" / "stage.json"
+    held = json.loads(mark.read_text())
+    assert held["seconds"] > 0 and held["finished"] is False
+    mark.write_text(json.dumps({**held, "seconds": 1000.0}))
+    monkeypatch.delenv("FAIL")
+    assert run(place, 2)[-1].seconds > 1000.0
+
+
+def test_changes_are_part_of_the_commit(tmp_path: Path) -> None:
+    def git(*args: str) -> None:
+        who = ("-c", "user.name=x", "-c", "user.email=x@y")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *args], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "a")
+    found = [commit_of(tmp_path)]
+    for content in ("2", "3"):
+        (tmp_path / "a").write_text(content)
+        found.append(commit_of(tmp_path))
+    assert len(set(found)) == 3 and "-dirty-" in found[1] and all(c.startswith(found[0]) for c in found)
 
 
 def test_two_processes_do_not_run_one_stage(place: Path) -> None:
@@ -116,6 +181,7 @@ def test_states_are_derived(place: Path) -> None:
         6: "broken",
         7: "waits",
         8: "unchecked",
+        9: "unchecked",
     }
     manifest = small_manifest()
     configs = [run.config for run in (*manifest.pretrainings.values(), *manifest.experiments.values())]
@@ -126,6 +192,14 @@ def test_states_are_derived(place: Path) -> None:
     assert (found[2], found[4]) == ("builds", "broken") and states(place, "c2")[2] == "unchecked"
     run(place, 2)
     assert states(place, "c9")[2] == "full run" and states(place)[3] == "builds"
+    path = Results(place / "out").path("tuned", "full", 0)
+    write_json(path, {**json.loads(path.read_text()), "config_hash": "of before"})
+    assert states(place)[2] == "stale"
+    write_json(place / "out" / "quick" / "costs" / "row_9" / "costs.json", {"commit": "c1"})
+    assert states(place)[9] == "quick run"
+    manifest = small_manifest()
+    manifest.experiments["base"] = replace(manifest.experiments["base"], waits_for="rain")
+    assert States(manifest, place / "out", place / "project", "c1").all()[2] == "partly waits"
 
 
 def test_what_exists_is_looked_up_in_the_files() -> None:
