@@ -8,13 +8,14 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from jepa_plugins.core.checkpoints import atomic_write
 
 PACKAGES = (
     "jepa_plugins",
@@ -112,15 +113,8 @@ def read_result(path: Path) -> Result:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    text = json.dumps(content, indent=1) + "\n"
+    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,9 @@ def test_data_sets_say_where_they_are_and_what_makes_them():
 def test_the_baseline_is_run_at_both_learning_rates():
     runs = manifest().experiments
     twins = [e for e in runs.values() if e.overrides.get("SOLVER.BASE_LR") == 0.0002]
-    compared = {e.baseline for e in runs.values() if "mask2former" in e.config and e.pretraining and e.baseline}
+    compared = {
+        e.baseline for e in runs.values() if "mask2former" in e.config and e.pretraining and e.baseline
+    }
     trained = {name for name in compared if not runs[name].finished and not runs[name].pretraining}
     assert trained and {f"{name}_lr_2e-4" for name in trained} <= {e.name for e in twins}
     for experiment in twins:
