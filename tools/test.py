@@ -2,7 +2,7 @@
 """Evaluate a trained model of any mmengine configuration, in mmsegmentation's command-line style.
 
 python tools/test.py mmseg/quick/upernet.py work_dirs/upernet/iter_300.pth
-python tools/test.py mmseg/upernet/vit_base16_ade20k_512x512_160k.py work_dirs/NAME/iter_160000.pth --tta
+python tools/test.py mmseg/upernet/vit_base16_ade20k_512x512_160k.py work_dirs/NAME/iter_160000.pth
 torchrun --nproc-per-node 8 tools/test.py CONFIG CHECKPOINT
 srun --ntasks-per-node 8 --gpus-per-node 8 python tools/test.py CONFIG CHECKPOINT
 

@@ -66,6 +66,11 @@ class MultiBlock:
     def check(self, shape: tuple[int, int]) -> None:
         """Raise ValueError when a grid of patches is too small for these blocks."""
         patches = shape[0] * shape[1]
+        if self.targets > patches:
+            raise ValueError(
+                f"{self.targets} target blocks are more than the {patches} patches of a grid of "
+                f"{shape[0]}x{shape[1]}: give fewer targets (the paper has 4)"
+            )
         if patches * self.context_scale[1] <= self.min_keep or min(shape) < 2:
             raise ValueError(
                 f"a grid of {shape[0]}x{shape[1]} patches is too small: a context must keep more than "

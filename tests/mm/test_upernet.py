@@ -249,7 +249,9 @@ def users_config(folder: Path, lines: str) -> Config:
 
 
 def test_five_lines_change_a_stock_configuration(tmp_path: Path) -> None:
-    assert FIVE_LINES.count("\n") == 5
+    assert FIVE_LINES.count("\n") == 5 and FIVE_LINES in (REPOSITORY / "README.md").read_text(
+        encoding="utf-8"
+    )
     cfg = users_config(tmp_path, FIVE_LINES)
     assert cfg.model.decode_head.type == "UPerHead" and cfg.model.decode_head.num_classes == 150
     model = build(cfg)
