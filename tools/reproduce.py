@@ -164,7 +164,8 @@ def run_run(args: argparse.Namespace, manifest: Manifest) -> None:
         experiment = manifest.experiments.get(result.name)
         wanted = experiment.metrics if experiment and experiment.metrics else result.metrics
         shown = [f"{name} {result.metrics[name]:.2f}" for name in wanted if name in result.metrics]
-        print(f"{result.name}, seed {result.seed}: {', '.join(shown) or 'done'}")
+        nothing = "no finite figure" if experiment else "done"
+        print(f"{result.name}, seed {result.seed}: {', '.join(shown) or nothing}")
 
 
 def run_build(args: argparse.Namespace, manifest: Manifest) -> None:
