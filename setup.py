@@ -21,7 +21,6 @@ DETECTRON2 = [
     "tqdm",
     "tensorboard",
     "matplotlib",
-    "scipy",
     "opencv-python",  # detectron2's visualiser and PointRend import it; mmcv asks for the same distribution
     "pycocotools>=2.0.2",
     "cityscapesScripts",
@@ -76,7 +75,7 @@ setup(
     package_dir={"jepa_plugins.configs": "configs"},
     package_data={"jepa_plugins.configs": config_files(), "jepa_plugins.d2.data": ["classes/*.json"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.4", "torchvision", "timm>=1.0", "numpy", "Pillow", "safetensors"],
+    install_requires=["torch>=2.4", "torchvision", "timm>=1.0", "numpy", "scipy", "Pillow", "safetensors"],
     extras_require={
         "d2": DETECTRON2,
         "mm": OPENMMLAB,

@@ -214,8 +214,7 @@ def scores(matrix: Tensor) -> dict[str, float]:
 
 
 def assign_clusters(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The one-to-one names of clusters that agree with the most labels (Hungarian method, by shortest augmenting
-    paths: Jonker and Volgenant, 1987).
+    """The one-to-one names of clusters that agree with the most labels.
 
     Args:
         counts: [n, n], how often the vectors of a cluster (rows) have a class (columns).
@@ -223,32 +222,9 @@ def assign_clusters(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     Returns:
         The class of each cluster, int64 [n].
     """
-    size = len(counts)
-    # Row and column 0 stand for "none yet"; `owner` is the row of each column.
-    cost = np.zeros((size + 1, size + 1))
-    cost[1:, 1:] = -counts
-    of_row, of_column = np.zeros(size + 1), np.zeros(size + 1)  # the dual variables
-    owner = np.zeros(size + 1, dtype=np.int64)
-    for row in range(1, size + 1):
-        owner[0], column = row, 0
-        distance, before = np.full(size + 1, np.inf), np.zeros(size + 1, dtype=np.int64)
-        seen = np.zeros(size + 1, dtype=bool)
-        while owner[column] or column == 0:
-            seen[column] = True
-            reduced = cost[owner[column]] - of_row[owner[column]] - of_column
-            nearer = ~seen & (reduced < distance)
-            distance[nearer], before[nearer] = reduced[nearer], column
-            column = int(np.where(seen, np.inf, distance).argmin())
-            step = distance[column]
-            of_row[owner[seen]] += step
-            of_column[seen] -= step
-            distance[~seen] -= step
-        while column:
-            owner[column] = owner[before[column]]
-            column = int(before[column])
-    classes = np.zeros(size + 1, dtype=np.int64)
-    classes[owner[1:]] = np.arange(size)
-    return classes[1:]
+    from scipy.optimize import linear_sum_assignment  # the one part of core that needs it
+
+    return linear_sum_assignment(counts, maximize=True)[1]
 
 
 def probe_scores(train: Cells, val: Cells, classes: int, kinds: Sequence[str] = PROBES) -> dict[str, float]:

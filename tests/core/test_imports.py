@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOLKITS = {"detectron2", "mmengine", "mmcv", "mmseg", "mmdet", "mmpretrain"}
 # Optional packages may be imported where they are used, never when core is.
-LAZY_PACKAGES = {"safetensors", "torch_ms_deform_attn"}
+LAZY_PACKAGES = {"safetensors", "torch_ms_deform_attn", "scipy"}
 CORE_PACKAGES = {"torch", "torchvision", "timm", "numpy", "PIL"} | LAZY_PACKAGES
 # Longest prefix first: which rule a file of this repository falls under.
 LAYERS = (
