@@ -37,6 +37,7 @@ entry for each configuration:
 
 from __future__ import annotations
 
+import abc
 import argparse
 import contextlib
 import gc
@@ -105,7 +106,7 @@ def devices_of(config: str, gpus: int | None) -> int:
     return gpus or (1 if "quick" in Path(config).parts else 8)
 
 
-class Detectron2:
+class Detectron2(abc.ABC):
     """What yaml files and LazyConfigs share; see `Yaml` and `Lazy` for what each says itself."""
 
     toolkit = "detectron2"
@@ -114,17 +115,17 @@ class Detectron2:
     micro_batches: int  # that the loop accumulates
     moves_targets: bool  # whether the loop must do it
 
+    @abc.abstractmethod
     def build(self, device: str) -> torch.nn.Module:
         """The model with random weights."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """The configured one."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def precision(self, device: str) -> torch.dtype | None:
         """Of autocast, None for float32."""
-        raise NotImplementedError
 
     def stepper(self, device: str, images: int) -> Callable[[], None]:
         """A function that makes one optimiser step on `images` images a forward."""

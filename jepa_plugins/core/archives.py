@@ -17,6 +17,7 @@ import re
 import tarfile
 import zipfile
 import zlib
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,9 @@ class _Strings(Sequence[str]):
         chosen = range(len(self))[index]
         return self._at(chosen) if isinstance(chosen, int) else [self._at(i) for i in chosen]
 
+    @abstractmethod
     def _at(self, index: int) -> str:
-        raise NotImplementedError
+        """The string at a place."""
 
 
 class PackedStrings(_Strings):

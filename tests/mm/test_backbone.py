@@ -117,7 +117,7 @@ def loaded(path: Path, caplog: pytest.LogCaptureFixture | None = None, **options
 
 
 def test_a_pretraining_checkpoint_loads_directly(pretrained: Path, caplog: pytest.LogCaptureFixture) -> None:
-    weights = torch.load(pretrained, weights_only=False)["state_dict"]
+    weights = torch.load(pretrained, weights_only=True)["state_dict"]
     with caplog.at_level(logging.INFO):
         model = loaded(pretrained, final_norm=True)
     for name, value in model.state_dict().items():
@@ -186,7 +186,7 @@ def test_bad_options_are_one_sentence(case: str) -> None:
 def test_bad_checkpoints(pretrained: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         loaded(tmp_path / "missing.pth")
-    content = torch.load(pretrained, weights_only=False)
+    content = torch.load(pretrained, weights_only=True)
     kept = {k: v for k, v in content["state_dict"].items() if not k.startswith("target_encoder")}
     torch.save({"state_dict": kept}, tmp_path / "half.pth")
     with pytest.raises(CheckpointError, match="half.pth holds no 'target_encoder'"):
