@@ -69,9 +69,7 @@ def choice_of(args: argparse.Namespace) -> Choice:
     launcher = args.launcher or ("torchrun" if args.nodes * max(gpus, 1) > 1 else "plain")
     machine = Machine(args.nodes, gpus, launcher, args.images_per_gpu, args.cpus_per_task)
     seeds = tuple(range(args.seeds))
-    return Choice(
-        args.out.absolute(), args.data.absolute(), args.scale, machine, seeds, args.pretraining_seeds
-    )
+    return Choice(args.out, args.data.absolute(), args.scale, machine, seeds, args.pretraining_seeds)
 
 
 def _gpus_here() -> int:
@@ -176,9 +174,7 @@ def run_build(args: argparse.Namespace, manifest: Manifest) -> None:
     costs = args.out / "parameters.json"
     args.out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "benchmarks/cost.py", *configs, "--parameters-only", "--keep-going"]
-    subprocess.run(
-        [*command, "--out", str(costs.absolute())], cwd=ROOT, check=False, stdout=subprocess.DEVNULL
-    )
+    subprocess.run([*command, "--out", str(costs)], cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
     if not costs.is_file():
         raise ManifestError("benchmarks/cost.py wrote nothing: run it by hand to see why")
     commit, builds = commit_of(ROOT), read_builds(args.out)

@@ -39,11 +39,10 @@ class Family:
         weights_key: override that takes a weight file; export: tool and arguments that turn a pre-training
             checkpoint into that file ({checkpoint}, {out}), empty when the checkpoint itself is read.
         data_keys: overrides that name the data, {data} being the root of all data sets.
-        batch_keys: overrides that spread the recipe's batch ({total}, {local}, {accumulation}).
+        batch_keys: overrides that spread the recipe's batch ({local}, {accumulation}).
         images_per_gpu: the most images of a process at once, unless the user says otherwise; 0 for no limit.
         seed_key: override that takes the seed.
         smoke, quick: overrides of these scales; quick_config: the configuration that stands in at quick.
-        protocol: facts of the evaluation that the configuration does not hold.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Family:
     smoke: Mapping[str, Any] = field(default_factory=dict)
     quick: Mapping[str, Any] = field(default_factory=dict)
     quick_config: str = ""
-    protocol: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,14 +115,13 @@ class Experiment(Run):
     """A run with labels and what the paper reports of it.
 
     Attributes:
-        title: for people; arm: what distinguishes it from what it is compared with.
+        title: for people.
         pretraining: key of `pretrainings` or empty; export_options: further arguments of the export.
         metrics: the paper's number by our metric's name; spread: the paper's, over seeds.
         tables: where the paper prints it; baseline: the experiment that it is to be compared with.
     """
 
     title: str = ""
-    arm: str = ""
     pretraining: str = ""
     export_options: tuple[str, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)

@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -410,7 +411,7 @@ class Planner:
                 f"{run.name} cannot accumulate: {share} images of the recipe's {run.batch} must fit each of "
                 f"{machine.processes} processes; take more of them, or a larger --images-per-gpu"
             )
-        values = {"{local}": share // parts, "{accumulation}": parts, "{total}": run.batch}
+        values = {"{local}": share // parts, "{accumulation}": parts}
         return {key: values.get(str(value), value) for key, value in family.batch_keys.items()}
 
     def _filled(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -497,6 +498,7 @@ def _bases(path: Path) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
+@cache
 def config_hash(name: str) -> str:
     """SHA-256 over what a configuration and its bases say, without comments and layout; the first 16 digits."""
     digest = hashlib.sha256()

@@ -18,10 +18,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jepa_plugins.reproduction.manifest import Experiment, Family
+from jepa_plugins.reproduction.manifest import Experiment
 from jepa_plugins.reproduction.plan import Choice, Planner, Stage, config_hash, joined
 from jepa_plugins.reproduction.protocol import protocol_of
-from jepa_plugins.reproduction.results import Result, Results, commit_of, hardware, versions, write_json
+from jepa_plugins.reproduction.results import (
+    Result,
+    Results,
+    commit_of,
+    hardware,
+    read_result,
+    versions,
+    write_json,
+)
 
 MARK = "stage.json"
 
@@ -66,8 +74,7 @@ class Runner:
                 else:
                     self._run(stage)
             if stage.run is not None:
-                path = self.results.path(stage.run.name, self.choice.scale, stage.seed)
-                found.append(Result(**json.loads(path.read_text(encoding="utf-8"))))
+                found.append(read_result(self.results.path(stage.run.name, self.choice.scale, stage.seed)))
         return found
 
     def finished(self, stage: Stage) -> bool:
@@ -198,7 +205,6 @@ class Runner:
     def _result(self, stage: Stage, seconds: float) -> Result:
         run = stage.run
         assert run is not None
-        family: Family = self.planner.family(run)
         experiment = isinstance(run, Experiment)
         metrics = _metrics(stage.folder) if experiment else {}
         return Result(
@@ -211,7 +217,7 @@ class Runner:
             overrides=dict(stage.overrides),
             pretraining=run.pretraining if isinstance(run, Experiment) else "",
             metrics=metrics,
-            protocol={**protocol_of(stage.folder, run.toolkit), **family.protocol} if experiment else {},
+            protocol=protocol_of(stage.folder, run.toolkit) if experiment else {},
             commit=self.commit,
             versions=versions(),
             hardware=hardware(),

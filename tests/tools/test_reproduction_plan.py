@@ -162,7 +162,8 @@ def test_quick_takes_the_stand_in_configuration() -> None:
 def test_rows_without_runs_say_so(row, sentence) -> None:
     if row == 7:  # its run could start, but the row's own part is missing
         manifest = small_manifest()
-        manifest.pretrainings["dmt_jepa"].__dict__["waits_for"] = "the view-level loss"
+        run = replace(manifest.pretrainings["dmt_jepa"], waits_for="the view-level loss")
+        manifest.pretrainings["dmt_jepa"] = run
         with pytest.raises(ManifestError, match=sentence):
             Planner(manifest, Choice(OUT, DATA)).plan([manifest.row(7)])
         return
