@@ -84,6 +84,20 @@ def follow_parent() -> None:
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
 
 
+def jobs_of(
+    config: str, out: Path, args: Sequence[str], checkpoint: str | None, seeds: Sequence[int]
+) -> list[Job]:
+    """A training for each seed, or an evaluation; arguments and errors as of `submit`."""
+    if checkpoint is not None:
+        if seeds:
+            raise ValueError("an evaluation has no seeds: leave out --seeds or --test")
+        return [Job(test_command(config, checkpoint, args, out=str(out)), str(out))]
+    runs = [(str(out / f"seed_{seed}"), seed) for seed in seeds] or [(str(out), None)]
+    return [
+        Job(train_command(config, args, out=folder, seed=seed, resume=True), folder) for folder, seed in runs
+    ]
+
+
 def submit(
     config: str,
     out: str | os.PathLike,
@@ -116,16 +130,7 @@ def submit(
     Raises:
         ValueError, FileNotFoundError: one sentence for a configuration that is none, or seeds of an evaluation.
     """
-    if checkpoint is not None and seeds:
-        raise ValueError("an evaluation has no seeds: leave out --seeds or --test")
-    runs = [(Path(out).absolute() / f"seed_{s}", s) for s in seeds] or [(Path(out).absolute(), None)]
-    jobs = []
-    for folder, seed in runs:
-        if checkpoint is None:
-            words = train_command(config, args, out=str(folder), seed=seed, resume=True)
-        else:
-            words = test_command(config, checkpoint, args, out=str(folder))
-        jobs.append(Job(words, str(folder)))
+    jobs = jobs_of(config, Path(out).absolute(), args, checkpoint, seeds)
     executor = submitit.AutoExecutor(
         Path(out).absolute() / "submitit", cluster=cluster, slurm_max_num_timeout=MOST_REQUEUES
     )
