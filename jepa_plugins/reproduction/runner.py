@@ -144,7 +144,7 @@ class Runner:
             if stage.kind == "experiment":
                 self._evaluate_the_last(stage)
         finally:
-            state["seconds"] = round(before + time.monotonic() - start, 1)
+            state["seconds"] = round(before + time.monotonic() - start, 3)
             write_json(stage.folder / MARK, state)
         if stage.run is not None:
             self.results.save(self._result(stage, state["seconds"]))
