@@ -11,6 +11,8 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
+from jepa_plugins.core.vit import VisionTransformer
+
 WIDTH, DEPTH, HEADS, PATCH, SIZE = 128, 2, 2, 8, 32
 
 
@@ -28,7 +30,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 def vit(seed: int = 0, **options: Any) -> TimmViT:
     """timm's plain ViT without head."""
     values = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
-    return randomise(TimmViT(**values, num_classes=0, global_pool="", **options), seed)
+    return randomise(TimmViT(**{**values, **options}, num_classes=0, global_pool=""), seed)
 
 
 def beit(seed: int = 0, shared: bool = False) -> Beit:
@@ -184,3 +186,22 @@ def tokens_of(model: nn.Module, image: Tensor, prefix: int) -> Tensor:
     """The patches' features [B, N, D] of a model of `files`."""
     with torch.no_grad():
         return model.forward_features(image)[:, prefix:]
+
+
+# --- rectangular grids of this project's files
+
+RECTANGLES = [(17, 26), (8, 32), (10, 12)]  # of as many positions as a square and one, a square, neither
+
+
+def rectangular(grid: tuple[int, int], told: bool = True, part: str = "pretraining") -> tuple[dict, Tensor]:
+    """(a file of this project, its table of positions); `told`: with its configuration."""
+    size = (grid[0] * 4, grid[1] * 4)
+    weights = randomise(VisionTransformer(size, 4, width=16, depth=1, heads=2), 3).state_dict()
+    options = f"arch=dict(depth=1, heads=2, width=16), img_size=({size[0]}, {size[1]}), patch_size=4"
+    if part == "pretraining":
+        text = f"work_dir = 'x'\nmodel = dict(\n    {options},\n    mask=dict(scope='process'))\n"
+        held = {**under("encoder.", weights), **under("target_encoder.", weights), "step": torch.tensor(1)}
+    else:
+        text = f"crop = (4, 4)\nmodel = dict(backbone=dict({options}), decode_head=dict(img_size=8))\n"
+        held = {**under("backbone.", weights), "decode_head.conv_seg.bias": some(2)}
+    return {"state_dict": held, **({"meta": {"cfg": text}} if told else {})}, weights["pos_embed"]

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Write a pre-trained ViT of any known method in the form that detectron2, mmsegmentation or timm loads.
 
-    python tools/convert_weights.py work_dirs/vit_base16/iter_375600.pth vit_base16.pth --to detectron2
+    python tools/convert_weights.py work_dirs/dmt_jepa/vit_base16/iter_375600.pth vit_base16.pth --to detectron2
     python tools/convert_weights.py dinov2_vitb14_pretrain.pth dinov2_b16.pth --to mmseg --patch-size 16
     python tools/convert_weights.py beit_base_patch16_224_pt22k.pth beit.safetensors --to timm
 
 Recognises, by their keys, this project's pre-training checkpoints and files of I-JEPA, MAE, DINO, iBOT, MoCo v3,
 BEiT, data2vec (its first version), DeiT, DeiT III, timm and DINOv2. Then it runs source and result on a test image
-and writes only when the features agree, or differ for a reason that it names.
+and writes only when the features agree: with the source or, where something was changed by design, which it names,
+with the source after the same change.
 """
 
 from __future__ import annotations
@@ -136,9 +137,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"done:     {step}")
     proof = prove(encoder, converted, args.to, picture(args.image, encoder))
     print(f"proof:    {proof}")
-    if not proof.by_design and not proof.exact:
+    if not proof.right:
         raise CheckpointError(
             f"{args.out} is not written: the result does not compute what {args.source} does"
+            + (", even with the same changes by design" if proof.by_design else "")
         )
     save_atomic(file_content(converted, args.to), args.out)
     mean, std = encoder.pixels

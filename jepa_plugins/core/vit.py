@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -50,10 +50,17 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 0) -> Tensor:
-    """A table [1, prefix + N, D] for another grid: bicubic as MAE and detectron2 do it; first rows stay."""
-    return resample_abs_pos_embed(
-        table, list(new), old_size=list(old), num_prefix_tokens=prefix, antialias=False
-    )
+    """A table [1, prefix + N, D] for another grid: bicubic as MAE and detectron2 do it; first rows stay.
+
+    Releases of timm's function leave the table as it is where the new grid is a square of as many patches, such as
+    16x16 for 8x32.
+    """
+    if old == new:
+        return table
+    first, rest = table[:, :prefix], table[:, prefix:]
+    image = rest.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
+    image = nn.functional.interpolate(image, new, mode="bicubic")
+    return torch.cat([first, image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
 def pick(tokens: Tensor, index: Tensor) -> Tensor:
@@ -80,11 +87,12 @@ class SelfAttention(nn.Module):
 
 
 @lru_cache(maxsize=8)
-def relative_index(grid: tuple[int, int], prefix: int) -> Tensor:
+@torch.inference_mode(False)  # else an index made for an evaluation could not serve a training
+def relative_index(grid: tuple[int, int], prefix: int, device: str | torch.device = "cpu") -> Tensor:
     """Rows of a table of relative positions, in BEiT's order: int64 [prefix + N, prefix + N], N = height * width.
 
     Rows are counted by vertical, then horizontal offset of the query from the key; with a class token
-    (`prefix` 1) the last three belong to it: as a query, as a key, and both.
+    (`prefix` 1) the last three belong to it: as a query, as a key, and both. Made once, on `device`.
     """
     rows = torch.arange(grid[0])[:, None].expand(grid).flatten()
     columns = torch.arange(grid[1])[None].expand(grid).flatten()
@@ -92,11 +100,11 @@ def relative_index(grid: tuple[int, int], prefix: int) -> Tensor:
     right = columns[:, None] - columns[None] + grid[1] - 1
     index = down * (2 * grid[1] - 1) + right
     if not prefix:
-        return index
+        return index.to(device)
     last = (2 * grid[0] - 1) * (2 * grid[1] - 1)
     index = nn.functional.pad(index, (1, 0, 1, 0))
     index[0], index[:, 0], index[0, 0] = last, last + 1, last + 2
-    return index
+    return index.to(device)
 
 
 def resample_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -108,9 +116,8 @@ def resample_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int
         return table
     height, width = 2 * old[0] - 1, 2 * old[1] - 1
     offsets, rest = table[: height * width], table[height * width :]
-    image = offsets.T.reshape(1, -1, height, width).float()
-    image = nn.functional.interpolate(image, (2 * new[0] - 1, 2 * new[1] - 1), mode="bicubic")
-    return torch.cat([image[0].flatten(1).T.to(table.dtype), rest])
+    resampled = resample_positions(offsets[None], (height, width), (2 * new[0] - 1, 2 * new[1] - 1))[0]
+    return torch.cat([resampled, rest])
 
 
 class RelativeSelfAttention(SelfAttention):
@@ -125,7 +132,7 @@ class RelativeSelfAttention(SelfAttention):
     def bias(self, grid: tuple[int, int]) -> Tensor:
         """Added to the scores of a grid of patches: [1, heads, n, n]."""
         table = resample_bias_table(self.relative_position_bias_table, self.grid, grid)
-        index = relative_index(grid, self.prefix).to(table.device)
+        index = relative_index(grid, self.prefix, table.device)
         return table[index].permute(2, 0, 1)[None]
 
 

@@ -210,7 +210,8 @@ def file_content(converted: Converted, target: str) -> dict[str, Any]:
         return weights
     info = {"origin": encoder.origin, "heads": encoder.shape.heads, "grid": list(encoder.shape.grid)}
     pixels = [list(part) for part in encoder.pixels]
-    return {"model": weights, INFO: {**info, "pixels": pixels, "bgr": encoder.bgr}}
+    read = {"pixels": pixels, "bgr": encoder.bgr, "certain": encoder.certain}
+    return {"model": weights, INFO: {**info, **read}}
 
 
 def usage(encoder: Encoder, target: str) -> str:

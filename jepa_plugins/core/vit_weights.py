@@ -106,7 +106,8 @@ class Encoder:
 
     published: the tensors under the names that the file gave them, without a prefix.
     notes: what was chosen, in words. left_out: names of the file that are no part of the encoder.
-    pixels: mean and std of the images, RGB in [0, 1]. bgr: it reads blue, green, red.
+    pixels: mean and std of the images, RGB in [0, 1]. bgr: it reads blue, green, red. certain: whether the origin is
+    known, rather than one of several whose files have these names.
     """
 
     origin: str
@@ -117,11 +118,12 @@ class Encoder:
     left_out: list[str] = field(default_factory=list)
     pixels: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
     bgr: bool = False
+    certain: bool = True
 
     @property
     def licence(self) -> str:
-        """What is known of the licence of the origin's published files."""
-        return LICENCES.get(self.origin, UNKNOWN_LICENCE)
+        """What is known of the licence of the origin's published files: nothing, where the origin is not certain."""
+        return LICENCES.get(self.origin, UNKNOWN_LICENCE) if self.certain else UNKNOWN_LICENCE
 
 
 # --- reading ------------------------------------------------------------------------------------------
@@ -169,6 +171,7 @@ class _Found:
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     chosen: bool = False  # out of several encoders
+    strict: bool = False  # see _Hints
 
 
 def _part(weights: Mapping[str, Tensor], prefix: str) -> _Found:
@@ -206,7 +209,7 @@ def _from_parts(checkpoint: Mapping[str, Any], which: str | None, source: str) -
             continue
         wanted, note = _choose(target, context, which, there, source)
         weights = state_dict_of(checkpoint[wanted])
-        found = _Found(origin, weights)
+        found = _Found(origin, weights, strict=origin == "I-JEPA")
         if any(name.startswith("backbone.") for name in weights):
             found = _part(weights, "backbone.")
             found.origin = _distiller(checkpoint, found)
@@ -232,13 +235,16 @@ def _from_prefixes(weights: OrderedDict[str, Tensor], which: str | None, source:
     if "target_encoder" in heads or "encoder.patch_embed.proj.weight" in weights:
         wanted, note = _choose("target_encoder", "encoder", which, heads, source)
         found = _part(weights, f"{wanted}.")
-        found.origin, found.chosen = OURS, True
+        found.origin, found.chosen, found.strict = OURS, True, True
     elif heads & {"base_encoder", "momentum_encoder"}:
         # the published evaluations take the base encoder, the momentum copy is the target
         wanted = "momentum_encoder" if which == "target" else "base_encoder"
         if wanted not in heads:
             raise CheckpointError(f"{source} holds no '{wanted}': take its other encoder with --encoder")
-        found, note = _part(weights, f"{wanted}."), f"'{wanted}' was taken"
+        found = _part(weights, f"{wanted}.")
+        online, momentum = "the online encoder ('base_encoder')", "the momentum encoder ('momentum_encoder')"
+        taken, other = (online, momentum) if wanted == "base_encoder" else (momentum, online)
+        note = f"{taken} was taken, not {other}"
         found.origin, found.chosen = "MoCo v3", True
     elif any(name.startswith("backbone.net.") for name in weights):
         found, note = _part(weights, "backbone.net."), "'backbone.net' was taken"
@@ -258,18 +264,33 @@ def _select(checkpoint: Mapping[str, Any], which: str | None, source: str) -> _F
         found = _from_prefixes(weights, which, source)
     if which and not found.chosen:
         raise CheckpointError(f"{source} holds one encoder only: leave --encoder {which} out")
+    if not any(name.endswith("patch_embed.proj.weight") for name in found.weights):
+        raise CheckpointError(
+            f"{source} holds no plain ViT: it looks like {describe(found.weights)}; give a file of a ViT encoder"
+        )
+    check_finite(found.weights, source)
     return found
 
 
 # No part of an encoder: heads, decoders, tokens of masked patches, computed buffers.
 _BESIDE = re.compile(
     r"(mask_token|masked_embed|decoder_.*|head(_dist)?(\..*)?|lm_head\..*|pre_logits\..*|fc_norm\.num.*|"
-    r".*relative_position_index|num_batches_tracked|norm_pre\..*)"
+    r".*relative_position_index|num_batches_tracked)"
 )
 
 
-def _origin_of(names: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> str:
-    """Of a bare encoder, by its names and the key that held it."""
+def _origin_of(names: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> tuple[str, bool]:
+    """Of a bare encoder, by its names and the key that held it; and whether other methods' files look different."""
+    certain = _certain_origin(names) or _wrapped_origin(names, checkpoint)
+    if certain:
+        return certain, True
+    if isinstance(checkpoint.get("model"), Mapping):
+        return "MAE", False
+    return ("iBOT" if isinstance(checkpoint.get("state_dict"), Mapping) else "DINO"), False
+
+
+def _certain_origin(names: Mapping[str, Tensor]) -> str | None:
+    """By names that one method's encoders have."""
     blocks = {name.split(".", 2)[2] for name in names if re.match(r"blocks\.\d+\.", name)}
     head = names.get("lm_head.weight")
     if "attn.q_bias" in blocks or any(name.startswith("rel_pos_bias") for name in names):
@@ -280,26 +301,32 @@ def _origin_of(names: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> st
         return "DeiT"
     if "gamma_1" in blocks:
         return "DeiT III"
-    if "mask_token" in names and any(part.startswith("ls1") or ".ls1." in part for part in blocks):
-        return "DINOv2"
     if "masked_embed" in names:
         return "iBOT"
-    return _origin_of_plain(names, checkpoint)
+    if any(part.startswith("ls1") or ".ls1." in part for part in blocks) and "cls_token" in names:
+        return _origin_with_scale(names)
+    return None if "cls_token" in names else "an encoder without class token"
 
 
-def _origin_of_plain(names: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> str:
-    """Of names that several methods share: the wrapping tells the published files apart."""
-    classes = "head.weight" in names
-    if "cls_token" not in names:
-        return "an encoder without class token"
+def _origin_with_scale(names: Mapping[str, Tensor]) -> str:
+    """Of an encoder with LayerScale: DINOv2's has patches of 14 pixels, and lost its mask token in timm's files."""
+    patch = names["patch_embed.proj.weight"].shape[-1]
+    dinov2 = patch == 14 and "norm.weight" in names and "head.weight" not in names
+    return "DINOv2" if "mask_token" in names or dinov2 else "timm"
+
+
+_MOCO_ARCHS = ("vit_small", "vit_base")
+
+
+def _wrapped_origin(names: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> str | None:
+    """Of names that several methods share: what surrounds the weights tells the published classifiers apart."""
+    if isinstance(checkpoint.get("state_dict"), Mapping) and checkpoint.get("arch") in _MOCO_ARCHS:
+        return "MoCo v3"
+    if "head.weight" not in names:
+        return None
     if isinstance(checkpoint.get("model"), Mapping):
-        return "DeiT" if classes else "MAE"
-    if isinstance(checkpoint.get("state_dict"), Mapping) and not classes:
-        return "iBOT"
-    return "timm" if classes else "DINO"
-
-
-_AMBIGUOUS = ("MAE", "iBOT", "DINO")
+        return "MAE" if "fc_norm.weight" in names else "DeiT"
+    return "timm"
 
 
 def recognise(
@@ -309,6 +336,7 @@ def recognise(
     which: str | None = None,
     heads: int | None = None,
     grid: Sequence[int] | None = None,
+    expected: Sequence[int] | None = None,
     origin: str | None = None,
 ) -> Encoder:
     """The encoder in a checkpoint of any known kind, under our names.
@@ -316,32 +344,23 @@ def recognise(
     Args:
         which: "target" or "context", of a file with two encoders; None: the target, for MoCo v3 the base encoder.
         heads: of attention; needed where neither the file nor the width tells.
-        grid: rows and columns of the table of positions, needed where it is no square.
+        grid: rows and columns of the table of positions, needed where it is no square and the file does not tell.
+        expected: those of the model that it is for, believed where neither `grid` nor the file tells and they fit.
         origin: a method's name, where names alone cannot tell.
 
     Raises:
         CheckpointError: no plain ViT; no such encoder; a part of a form that cannot be expressed.
     """
     found = _select(checkpoint, which, source)
-    if not any(name.endswith("patch_embed.proj.weight") for name in found.weights):
-        raise CheckpointError(
-            f"{source} holds no plain ViT: it looks like {describe(found.weights)}; give a file of a ViT encoder"
-        )
-    check_finite(found.weights, source)
     info = _info(checkpoint)
-    known = origin or found.origin or info.get("origin") or _origin_of(found.weights, checkpoint)
-    notes = list(found.notes)
-    if (
-        not (origin or found.origin or info)
-        and known in _AMBIGUOUS
-        and "decoder_embed.weight" not in found.weights
-    ):
-        notes.append(
-            f"by its names it may be MAE's, DINO's, iBOT's or timm's; taken for {known}: --origin says else"
-        )
+    known, certain = _known_origin(checkpoint, found, info, origin)
+    notes = [*found.notes, *([] if certain else [_MAY_BE.format(known)])]
     weights, beside = _renamed(found.weights, source, notes)
-    given = tuple(grid) if grid is not None else info.get("grid")
-    shape = _shape_of(weights, known, source, heads or info.get("heads") or _own_heads(checkpoint), given)
+    own_heads, own_grid = _own_settings(checkpoint, weights["patch_embed.proj.weight"].shape[-1])
+    hints = _Hints(
+        heads or info.get("heads") or own_heads, grid or info.get("grid") or own_grid, expected, found.strict
+    )
+    shape = _shape_of(weights, known, source, hints)
     _completed(weights, shape)
     pixels = HALVES if known == "BEiT" else IMAGENET
     if info.get("bgr"):
@@ -355,7 +374,37 @@ def recognise(
         found.left_out + beside,
         info.get("pixels", pixels),
         bool(info.get("bgr")),
+        certain,
     )
+
+
+_MAY_BE = "by its names it may be MAE's, DINO's, iBOT's or timm's; taken for {}: --origin says else"
+
+
+def _known_origin(
+    checkpoint: Mapping[str, Any], found: _Found, info: Mapping[str, Any], given: str | None
+) -> tuple[str, bool]:
+    """The method that a file comes from, and whether that is certain."""
+    told = given or found.origin
+    if told:
+        return told, True
+    if "origin" in info:
+        return info["origin"], bool(info.get("certain", True))
+    return _origin_of(found.weights, checkpoint)
+
+
+@dataclass(frozen=True)
+class _Hints:
+    """What is known beside the tensors.
+
+    grid: as the caller or the file tells. expected: believed where there is no `grid` and it fits. strict: the table
+    of positions has the class token's row exactly if there is that token.
+    """
+
+    heads: int | None
+    grid: Sequence[int] | None
+    expected: Sequence[int] | None
+    strict: bool
 
 
 def _info(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -364,21 +413,44 @@ def _info(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def _own_heads(checkpoint: Mapping[str, Any]) -> int | None:
-    """Heads by the configuration that mmengine keeps in a checkpoint, whose text is parsed, never run."""
+def _own_settings(
+    checkpoint: Mapping[str, Any], patch_size: int
+) -> tuple[int | None, tuple[int, int] | None]:
+    """Heads and grid by the configuration that mmengine keeps in a checkpoint; None for what it does not tell."""
+    model = _own_model(checkpoint)
+    arch, size = model.get("arch"), model.get("img_size")
+    heads = arch.get("heads") if isinstance(arch, Mapping) else None
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    grid = None
+    if len(sides) == 2 and all(isinstance(side, int) for side in sides):
+        grid = (sides[0] // patch_size, sides[1] // patch_size)
+    return heads if isinstance(heads, int) else None, grid
+
+
+def _own_model(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of the ViT, by that configuration, whose text is parsed, never run: of `model` or its backbone."""
     meta = checkpoint.get("meta")
     text = meta.get("cfg") if isinstance(meta, Mapping) else None
     try:
         tree = ast.parse(text) if isinstance(text, str) else None
     except SyntaxError:
+        return {}
+    for node in tree.body if tree else ():
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "model":
+            model = _literal(node.value)
+            backbone = model.get("backbone", model) if isinstance(model, Mapping) else None
+            return backbone if isinstance(backbone, Mapping) else {}
+    return {}
+
+
+def _literal(node: ast.AST) -> Any:
+    """The value of a literal, or of dict(...) of them; None for anything else."""
+    if isinstance(node, ast.Call):
+        return {word.arg: _literal(word.value) for word in node.keywords}
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
         return None
-    for node in ast.walk(tree) if tree else ():
-        if isinstance(node, ast.keyword) and node.arg == "arch" and isinstance(node.value, ast.Call):
-            values = {word.arg: word.value for word in node.value.keywords}
-            number = values.get("heads")
-            if isinstance(number, ast.Constant) and isinstance(number.value, int):
-                return number.value
-    return None
 
 
 _RENAMED = (
@@ -456,6 +528,8 @@ def _check_names(weights: Mapping[str, Tensor], source: str) -> None:
     if any(".rel_pos_h" in name for name in unknown):
         what = "relative positions of detectron2's kind, which neither the bias tables of other models nor plain "
         what += "attention can express"
+    elif any(name.startswith("norm_pre.") for name in unknown):
+        what = "a norm before its blocks (CLIP's), which the plain ViT has not"
     elif any(".w12." in name or ".fc1_g." in name for name in unknown):
         what = "a gated MLP (SwiGLU), which the plain ViT has not"
     else:
@@ -484,24 +558,33 @@ def _heads_of(weights: Mapping[str, Tensor], origin: str, width: int, source: st
     return width // 64
 
 
-def _grid_of(count: int, given: Sequence[int] | None, source: str) -> tuple[int, int]:
-    """Rows and columns of a table of `count` positions of patches."""
-    if given is not None:
-        height, width = given
-        if height * width != count:
-            raise CheckpointError(f"{source} holds {count} positions, not {height}x{width}: correct the grid")
+_GRID_REMEDY = "give --grid ROWS COLUMNS of its training size (tools/convert_weights.py)"
+
+
+def _grid_of(rows: int, class_token: bool, hints: _Hints, source: str) -> tuple[int, int]:
+    """Rows and columns of patches of a table of `rows` positions.
+
+    The class token's row may be missing (DeiT III), or be there without a token (detectron2), unless `hints.strict`.
+    """
+    first = [int(class_token)] if hints.strict else [int(class_token), 1 - int(class_token)]
+    if hints.grid is not None:
+        height, width = hints.grid
+        if rows - height * width not in first:
+            raise CheckpointError(
+                f"{source} holds {rows - int(class_token)} positions, not {height}x{width}: {_GRID_REMEDY}"
+            )
         return height, width
-    side = math.isqrt(count)
-    if side * side != count:
-        raise CheckpointError(
-            f"{source} holds {count} positions, which are no square: give --grid ROWS COLUMNS of its training size"
-        )
-    return side, side
+    for count in (rows - extra for extra in first):
+        if hints.expected is not None and math.prod(hints.expected) == count:
+            return hints.expected[0], hints.expected[1]
+        if count and math.isqrt(count) ** 2 == count:
+            return math.isqrt(count), math.isqrt(count)
+    raise CheckpointError(
+        f"{source} holds {rows - int(class_token)} positions, which are no square: {_GRID_REMEDY}"
+    )
 
 
-def _shape_of(
-    weights: Mapping[str, Tensor], origin: str, source: str, heads: int | None, grid: Sequence[int] | None
-) -> ViTShape:
+def _shape_of(weights: Mapping[str, Tensor], origin: str, source: str, hints: _Hints) -> ViTShape:
     """Read off the tensors what they tell. Raises CheckpointError for what the plain ViT cannot be."""
     kernel = weights["patch_embed.proj.weight"]
     width, channels, patch = kernel.shape[0], kernel.shape[1], kernel.shape[-1]
@@ -518,24 +601,16 @@ def _shape_of(
     relative = weights.get("blocks.0.attn.relative_position_bias_table")
     class_token = "cls_token" in weights
     if "pos_embed" in weights:
-        given = grid
-        rows = weights["pos_embed"].shape[1]
-        # with a row for the class token, unless the patches alone make a square
-        own_row = class_token and (
-            math.isqrt(rows) ** 2 != rows if given is None else rows != given[0] * given[1]
-        )
-        spare = not class_token and given is None and math.isqrt(rows - 1) ** 2 == rows - 1
-        at = _grid_of(rows - int(own_row or spare), given, source)
+        at = _grid_of(weights["pos_embed"].shape[1], class_token, hints, source)
     elif relative is not None:
-        extra = 3 * class_token
-        at = _grid_of_table(relative.shape[0] - extra, grid, source)
+        at = _grid_of_table(relative.shape[0] - 3 * class_token, hints, source)
     else:
         raise CheckpointError(f"{source} holds no positions ('pos_embed'): give a whole encoder")
     tokens = weights.get("reg_token")
     return ViTShape(
         width,
         depth,
-        heads or _heads_of(weights, origin, width, source),
+        hints.heads or _heads_of(weights, origin, width, source),
         patch,
         at,
         channels,
@@ -547,15 +622,14 @@ def _shape_of(
     )
 
 
-def _grid_of_table(rows: int, given: Sequence[int] | None, source: str) -> tuple[int, int]:
+def _grid_of_table(rows: int, hints: _Hints, source: str) -> tuple[int, int]:
     """Rows and columns of patches from a table's offsets, (2h - 1)(2w - 1)."""
-    if given is not None and (2 * given[0] - 1) * (2 * given[1] - 1) == rows:
-        return given[0], given[1]
+    for known in (hints.grid, hints.expected if hints.grid is None else None):
+        if known is not None and (2 * known[0] - 1) * (2 * known[1] - 1) == rows:
+            return known[0], known[1]
     side = math.isqrt(rows)
-    if side * side != rows or side % 2 == 0 or given is not None:
-        raise CheckpointError(
-            f"{source} holds a table of {rows} relative positions: give --grid ROWS COLUMNS of its training size"
-        )
+    if side * side != rows or side % 2 == 0 or hints.grid is not None:
+        raise CheckpointError(f"{source} holds a table of {rows} relative positions: {_GRID_REMEDY}")
     return (side + 1) // 2, (side + 1) // 2
 
 

@@ -19,17 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from jepa_plugins.core.attention import attention
 from jepa_plugins.core.checkpoints import CheckpointError
 from jepa_plugins.core.swin import from_windows, to_windows
-from jepa_plugins.core.vit import NORM, as_pair
+from jepa_plugins.core.vit import NORM, as_pair, resample_positions
 
 # --- positions ----------------------------------------------------------------------------------------
-
-
-def resample_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A position table for another grid: [1, h * w, D] -> [1, H * W, D], bicubic as published."""
-    if old == new:
-        return table
-    grid = table.reshape(1, *old, -1).permute(0, 3, 1, 2)
-    return F.interpolate(grid, size=new, mode="bicubic").flatten(2).transpose(1, 2)
 
 
 def resample_relative(table: Tensor, size: int) -> Tensor:
@@ -264,7 +256,7 @@ class DetectionViT(nn.Module):
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table for a grid of patches: [1, h, w, D]."""
         table = self.pos_embed[:, int(self.pretrain_use_cls_token) :]
-        return resample_table(table, self.grid, grid).view(1, *grid, -1)
+        return resample_positions(table, self.grid, grid).view(1, *grid, -1)
 
     def features(self, x: Tensor) -> Tensor:
         """Images [B, c, H, W] -> map of the last block [B, D, H / patch, W / patch].
@@ -302,7 +294,7 @@ class DetectionViT(nn.Module):
                 "its pre-training images"
             )
         old = self.grid if rows == cells else (math.isqrt(rows), math.isqrt(rows))
-        table = resample_table(table, old, self.grid)
+        table = resample_positions(table, old, self.grid)
         return F.pad(table, (0, 0, 1, 0)) if self.pretrain_use_cls_token else table
 
 

@@ -49,11 +49,9 @@ def backbone_weights(
         CheckpointError: one sentence, for a file without target encoder or ViT, of another architecture, or
             incomplete.
     """
-    height, width = net.grid
-    given = None if height == width else net.grid
-    found = recognise(content, source=source, heads=net.num_heads, grid=given)
+    found = recognise(content, source=source, heads=net.num_heads, expected=net.grid)
     _check_size(net, found.shape, source)
-    size = (height * net.patch_size, width * net.patch_size)
+    size = (net.grid[0] * net.patch_size, net.grid[1] * net.patch_size)
     converted = convert(found, "detectron2", Wishes(patch_size=net.patch_size, img_size=size))
     weights = converted.encoder.weights
     relative = [name for name in net.state_dict() if name.rpartition(".")[2].startswith("rel_pos_")]

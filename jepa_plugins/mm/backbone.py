@@ -177,7 +177,7 @@ class JEPAViT(VisionTransformer, BaseModule):
 
 def _options(model: JEPAViT) -> dict[str, Any]:
     """What the model knows of a file that does not tell."""
-    return {"heads": model.heads, "which": model.init_cfg.get("encoder")}
+    return {"heads": model.heads, "which": model.init_cfg.get("encoder"), "expected": model.grid}
 
 
 def _checked_init(init_cfg: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -80,7 +80,11 @@ def load_encoders(model: DMTJEPA, file: str, which: Sequence[str] = ("target",))
         content = load_from_local(file)
     for name in which:
         found = recognise(
-            content, source=file, which="context" if name == "context" else None, heads=model.encoder.heads
+            content,
+            source=file,
+            which="context" if name == "context" else None,
+            heads=model.encoder.heads,
+            expected=model.encoder.grid,
         )
         load_encoder(getattr(model, ENCODERS[name]), found, file)
     return trained_steps(content)

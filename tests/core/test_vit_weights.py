@@ -12,14 +12,37 @@ import torch
 from golden_tools import assert_close, fill, gain_of, load, points, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vit_files import DEPTH, HEADS, PATCH, SIZE, WIDTH, beit, files, some, tokens_of, under, vit
+from torch import Tensor
+from vit_files import (
+    DEPTH,
+    HEADS,
+    PATCH,
+    RECTANGLES,
+    SIZE,
+    WIDTH,
+    beit,
+    files,
+    rectangular,
+    some,
+    tokens_of,
+    under,
+    vit,
+)
 
 from jepa_plugins.core import vit_convert, vit_proof
 from jepa_plugins.core.checkpoints import CheckpointError, save_atomic
-from jepa_plugins.core.vit import VisionTransformer, relative_index
+from jepa_plugins.core.vit import VisionTransformer, relative_index, resample_positions
 from jepa_plugins.core.vit_convert import Wishes, convert, file_content, target_weights
 from jepa_plugins.core.vit_proof import plain_model, prove
-from jepa_plugins.core.vit_weights import NON_COMMERCIAL, Encoder, load_encoder, read_vit, recognise
+from jepa_plugins.core.vit_weights import (
+    LICENCES,
+    NON_COMMERCIAL,
+    UNKNOWN_LICENCE,
+    Encoder,
+    load_encoder,
+    read_vit,
+    recognise,
+)
 
 FILES = files()
 IMAGE = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
@@ -59,7 +82,7 @@ def test_conversion_is_proved(layout: str, target: str) -> None:
     shape = encoder.shape
     lost = shape.registers or (target == "detectron2" and (shape.class_token or shape.rel_pos_bias))
     assert proof.exact != bool(lost)
-    assert bool(proof.by_design) == bool(lost)
+    assert bool(proof.by_design) == bool(lost) and proof.right
     assert proof.cosine > (0.5 if lost else 1 - 1e-6)
     assert str(proof).startswith("changed by design" if lost else "exact")
 
@@ -75,21 +98,55 @@ def test_the_target_encoder_unless_asked(layout: str) -> None:
 
 
 def test_mocov3_gives_the_base_encoder_unless_asked() -> None:
-    assert found("mocov3").notes == ["'base_encoder' was taken"]
-    assert found("mocov3", which="target").notes == ["'momentum_encoder' was taken"]
+    online, momentum = "the online encoder ('base_encoder')", "the momentum encoder ('momentum_encoder')"
+    assert found("mocov3").notes == [f"{online} was taken, not {momentum}"]
+    assert found("mocov3", which="target").notes == [f"{momentum} was taken, not {online}"]
 
 
 def test_a_proof_sees_a_wrong_weight() -> None:
     encoder = found("dinov2")
     converted = convert(encoder, "detectron2", Wishes(class_token=False))
-    good = prove(encoder, converted, "detectron2").cosine
+    good = prove(encoder, converted, "detectron2")
+    assert good.right and not good.exact and good.cosine < 1 - 1e-5
     converted.encoder.weights["blocks.1.mlp.fc2.weight"].neg_()
-    assert prove(encoder, converted, "detectron2").cosine < good - 0.05
+    bad = prove(encoder, converted, "detectron2")
+    assert bad.cosine < good.cosine - 0.05 and not bad.right and "the rest WRONG" in str(bad)
     kept = convert(encoder, "mmseg", Wishes(layer_scale=False))
     assert prove(encoder, kept, "mmseg").exact
     kept.encoder.weights["blocks.0.attn.proj.bias"][0] += 0.1
     wrong = prove(encoder, kept, "mmseg")
     assert not wrong.exact and str(wrong).startswith("WRONG")
+
+
+BY_DESIGN = {
+    "class token": ("mae", Wishes(class_token=False)),
+    "its row of offsets": ("beit_tuned", Wishes(class_token=False)),
+    "bias": ("beit", Wishes(rel_pos_bias=False)),
+    "registers": ("dinov2_registers", Wishes(layer_scale=False)),
+    "patches": ("ours", Wishes(patch_size=16, bgr=True)),
+    "grid": ("beit_tuned", Wishes(img_size=(40, 24))),
+}
+
+
+@pytest.mark.parametrize("case", BY_DESIGN)
+def test_a_proof_sees_a_wrong_name_beside_a_change_by_design(case: str) -> None:
+    layout, wishes = BY_DESIGN[case]
+    encoder = found(layout)
+    converted = convert(encoder, "mmseg", wishes)
+    good = prove(encoder, converted, "mmseg")
+    assert good.right and good.by_design and "; the rest exact: " in str(good)
+    weights = converted.encoder.weights
+    one, other = "blocks.1.norm1.weight", "blocks.1.norm2.weight"
+    weights[one], weights[other] = weights[other], weights[one]
+    bad = prove(encoder, converted, "mmseg")
+    assert not bad.right and bad.cosine > 0.5  # the similarity alone would not tell
+
+
+def test_a_proof_sees_wrongly_read_names_beside_a_change_by_design() -> None:
+    encoder = found("beit")
+    name = "blocks.0.attn.qkv.bias"
+    encoder.weights[name] = encoder.weights[name].roll(WIDTH)  # the values' bias among the queries'
+    assert not prove(encoder, convert(encoder, "detectron2"), "detectron2").right
 
 
 def test_folded_layer_scale_is_exact_and_gone() -> None:
@@ -122,7 +179,7 @@ def test_patches_and_positions_are_resampled_by_design() -> None:
         "positions resampled from 4x4 to 6x4",
     ]
     proof = prove(encoder, converted, "mmseg")
-    assert not proof.exact and -1 <= proof.cosine <= 1
+    assert proof.right and not proof.exact and -1 <= proof.cosine <= 1
 
 
 def test_patches_from_14_to_16_keep_a_smooth_network_close() -> None:
@@ -226,6 +283,135 @@ def test_lists_of_published_names(golden_dir: Path, name: str) -> None:
     assert encoder.origin == want and (encoder.licence == NON_COMMERCIAL) == (want != "timm")
     assert encoder.shape.depth == 2 and encoder.shape.heads == 12
     assert encoder.weights["pos_embed"].shape == (1, rows, 768)
+
+
+def bare(seed: int = 3, head: bool = False, **options) -> dict:
+    """timm's names."""
+    weights = vit(seed, **options).state_dict()
+    return {**weights, "head.weight": some(10, WIDTH), "head.bias": some(10)} if head else dict(weights)
+
+
+def pooled(weights: dict) -> dict:
+    """With the norm after pooling that MAE's fine-tuning has in place of the final norm."""
+    return {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: v
+            for name, v in weights.items()}  # fmt: skip
+
+
+V2 = {"img_size": 56, "patch_size": 14, "init_values": 0.1}
+ORIGINS = {
+    "MAE, fine-tuned": ({"model": pooled(bare(head=True))}, "MAE", NON_COMMERCIAL),
+    "MoCo v3, linear": (
+        {"arch": "vit_small", "state_dict": under("module.", bare(head=True))},
+        "MoCo v3",
+        None,
+    ),
+    "timm's training": ({"arch": "vit_small_patch16_224", "state_dict": bare(head=True)}, "timm", None),
+    "timm's DINOv2": (bare(**V2), "DINOv2", None),
+    "timm's DINOv2, registers": (bare(**V2, reg_tokens=4, no_embed_class=True), "DINOv2", None),
+    "timm's DeiT III": (bare(init_values=0.1, no_embed_class=True, head=True), "timm", None),
+    "bare": (bare(), "DINO", UNKNOWN_LICENCE),
+    "bare, below model": ({"model": bare()}, "MAE", UNKNOWN_LICENCE),
+    "bare, below state_dict": ({"state_dict": bare()}, "iBOT", UNKNOWN_LICENCE),
+    "bare, no token": (bare(class_token=False), "an encoder without class token", UNKNOWN_LICENCE),
+}
+
+
+@pytest.mark.parametrize("case", ORIGINS)
+def test_origins_of_bare_encoders(case: str) -> None:
+    content, origin, licence = ORIGINS[case]
+    encoder = recognise(content)
+    assert encoder.origin == origin and encoder.licence == (licence or LICENCES[origin])
+    assert encoder.certain != any(note.startswith("by its names it may be") for note in encoder.notes)
+    assert encoder.certain == (origin not in ("DINO", "iBOT") and case != "bare, below model")
+
+
+def test_an_origin_stays_uncertain_in_a_converted_file() -> None:
+    guessed = recognise({"model": bare()})
+    again = recognise(file_content(convert(guessed, "mmseg"), "mmseg"))
+    assert again.origin == "MAE" and not again.certain and again.licence == UNKNOWN_LICENCE
+    given = recognise({"model": bare()}, origin="MAE")
+    again = recognise(file_content(convert(given, "mmseg"), "mmseg"))
+    assert again.certain and again.licence == NON_COMMERCIAL
+
+
+def test_mocov3s_small_classifier_has_twelve_heads() -> None:
+    options = {"img_size": 16, "patch_size": 8, "width": 384, "depth": 1, "class_token": True}
+    weights = {**VisionTransformer(**options, heads=12).state_dict(), "head.weight": some(10, 384)}
+    content = {"arch": "vit_small", "state_dict": under("module.", weights), "epoch": 1}
+    assert recognise(content).shape.heads == 12
+    assert recognise({"model": weights}).shape.heads == 6
+
+
+# --- rectangular grids --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", RECTANGLES)
+@pytest.mark.parametrize("part", ["pretraining", "segmentor"])
+def test_our_files_tell_their_grid(grid: tuple[int, int], part: str) -> None:
+    content, table = rectangular(grid, part=part)
+    encoder = recognise(content)
+    assert encoder.shape.grid == grid and torch.equal(encoder.weights["pos_embed"], table)
+    assert recognise(content, expected=(grid[1], grid[0])).shape.grid == grid
+
+
+@pytest.mark.parametrize("grid", RECTANGLES)
+def test_a_models_grid_stands_in_for_a_file_that_does_not_tell(grid: tuple[int, int]) -> None:
+    content, table = rectangular(grid, told=False)
+    encoder = recognise(content, heads=2, expected=grid)
+    assert encoder.shape.grid == grid and torch.equal(encoder.weights["pos_embed"], table)
+    assert recognise(content, heads=2, grid=grid).shape.grid == grid
+    if grid != (8, 32):  # which may be 16x16
+        with pytest.raises(
+            CheckpointError, match=f"holds {grid[0] * grid[1]} positions, which are no square"
+        ):
+            recognise(content, heads=2, expected=(5, 5))
+
+
+def test_a_grid_that_fits_without_the_tokens_row_is_second() -> None:
+    """21x21 and a class token make as many rows as 17x26."""
+    weights = VisionTransformer(84, 4, width=16, depth=1, heads=2, class_token=True).state_dict()
+    assert recognise(weights, heads=2, expected=(17, 26)).shape.grid == (21, 21)
+    del weights["cls_token"]  # detectron2 keeps the row
+    encoder = recognise(under("backbone.net.", weights), heads=2)
+    assert encoder.shape.grid == (21, 21) and encoder.weights["pos_embed"].shape[1] == 441
+
+
+def test_a_configuration_that_is_not_the_files() -> None:
+    content, _ = rectangular((10, 12))
+    content["meta"]["cfg"] = content["meta"]["cfg"].replace("(40, 48)", "(40, 44)")
+    with pytest.raises(CheckpointError, match="file.pth holds 120 positions, not 10x11: give --grid"):
+        recognise(content, source="file.pth")
+    for text in (
+        "model = dict(",
+        "model = build()",
+        "model = dict(backbone=3)",
+        "model = dict(img_size='a')",
+    ):
+        content["meta"]["cfg"] = text
+        assert recognise(content, heads=2, grid=(10, 12)).shape.grid == (10, 12)
+
+
+@pytest.mark.parametrize("grid", RECTANGLES)
+def test_rectangles_load_into_our_vit(grid: tuple[int, int]) -> None:
+    content, table = rectangular(grid)
+    model = VisionTransformer(64, 4, width=16, depth=1, heads=2)
+    load_encoder(model, recognise(content), "file.pth")
+    torch.testing.assert_close(model.pos_embed.data, bicubic(table, grid, (16, 16)))
+
+
+def bicubic(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    image = table.transpose(1, 2).unflatten(2, old)
+    return torch.nn.functional.interpolate(image, new, mode="bicubic").flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_grids_of_as_many_patches_are_resampled(prefix: int) -> None:
+    table = torch.randn(1, prefix + 256, 8)
+    got = resample_positions(table, (8, 32), (16, 16), prefix)
+    torch.testing.assert_close(got[:, prefix:], bicubic(table[:, prefix:], (8, 32), (16, 16)))
+    assert torch.equal(got[:, :prefix], table[:, :prefix])
+    assert resample_positions(table, (8, 32), (8, 32), prefix) is table
+    assert resample_positions(table.bfloat16(), (8, 32), (4, 4), prefix).dtype == torch.bfloat16
 
 
 # --- MAE's golden features ----------------------------------------------------------------------------
@@ -353,6 +539,8 @@ def broken(name: str) -> tuple[dict, dict]:
         return dict(plain), {"which": "context"}
     if name == "resnet":
         return {"layer1.0.conv1.weight": some(4, 4, 1, 1)}, {}
+    if name == "norm before":
+        return {**plain, "norm_pre.weight": some(WIDTH), "norm_pre.bias": some(WIDTH)}, {}
     if name == "swiglu":
         return {**plain, "blocks.0.mlp.w12.weight": some(4, 4)}, {}
     if name == "decomposed":
@@ -375,6 +563,7 @@ BROKEN = {
     "no target, I-JEPA": "holds no 'target_encoder'",
     "one encoder": "holds one encoder only: leave --encoder context out",
     "resnet": "holds no plain ViT: it looks like a torchvision or timm ResNet",
+    "norm before": "holds a norm before its blocks (CLIP's), which the plain ViT has not ('norm_pre.weight')",
     "swiglu": "a gated MLP",
     "decomposed": "relative positions of detectron2's kind",
     "rectangle": "holds 12 positions, which are no square: give --grid",

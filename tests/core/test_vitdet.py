@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vit_files import RECTANGLES, rectangular
 
 from jepa_plugins.core.checkpoints import CheckpointError, load_into
-from jepa_plugins.core.vit import Predictor, VisionTransformer
+from jepa_plugins.core.vit import Predictor, VisionTransformer, resample_positions
 from jepa_plugins.core.vitdet import (
     ChannelNorm,
     DetectionBlock,
@@ -269,6 +270,29 @@ def test_a_rectangular_grid_that_the_configuration_names():
     )
     with pytest.raises(CheckpointError, match="run.pth holds 12 positions"):
         backbone_weights(small(), content, "run.pth")
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("grid", RECTANGLES)
+def test_a_rectangular_grid_of_our_own(grid, told):
+    """By the file's configuration, else by that of the detector."""
+    content, table = rectangular(grid, told)
+    size = (grid[0] * 4, grid[1] * 4)
+    net = small(embed_dim=16, depth=1, window_block_indexes=[], pretrain_img_size=size, use_rel_pos=False)
+    found = backbone_weights(net, content, "run.pth")
+    assert torch.equal(found.weights["backbone.net.pos_embed"], table) and not found.resized
+    if told:
+        net = small(embed_dim=16, depth=1, window_block_indexes=[], pretrain_img_size=64)
+        found = backbone_weights(net, content, "run.pth")
+        want = resample_positions(table, grid, (16, 16))
+        assert torch.equal(found.weights["backbone.net.pos_embed"], want)
+        assert found.resized == ["backbone.net.pos_embed"]
+
+
+def test_a_square_table_for_a_rectangular_grid():
+    found = backbone_weights(small(pretrain_img_size=(8, 24)), pretraining(), "run.pth")
+    assert found.resized == ["backbone.net.pos_embed"]
+    assert found.weights["backbone.net.pos_embed"].shape == (1, 12, 24)
 
 
 def test_a_class_token_is_dropped_and_its_row_with_it():

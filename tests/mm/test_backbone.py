@@ -15,9 +15,10 @@ pytest.importorskip("mmengine")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
+from vit_files import RECTANGLES, rectangular  # noqa: E402
 
 from jepa_plugins.core.checkpoints import CheckpointError  # noqa: E402
-from jepa_plugins.core.vit import VisionTransformer  # noqa: E402
+from jepa_plugins.core.vit import VisionTransformer, resample_positions  # noqa: E402
 from jepa_plugins.core.vit_convert import convert, file_content  # noqa: E402
 from jepa_plugins.core.vit_weights import read_vit  # noqa: E402
 from jepa_plugins.mm.backbone import FeatureBatchNorm, JEPAViT  # noqa: E402
@@ -153,6 +154,21 @@ def test_a_converted_file_loads(pretrained: Path, tmp_path: Path) -> None:
         assert torch.equal(model.blocks[1].attn.qkv.weight, encoder.weights["blocks.1.attn.qkv.weight"])
     with pytest.raises(CheckpointError, match="lacks 2 of the .* tensors"):
         loaded(tmp_path / "detectron2.pth", final_norm=True)
+
+
+@pytest.mark.parametrize("part", ["pretraining", "segmentor"])
+@pytest.mark.parametrize("grid", RECTANGLES)
+def test_a_rectangular_grid_of_our_own(grid: tuple[int, int], part: str, tmp_path: Path) -> None:
+    """By the file's configuration, else by the model's size."""
+    arch = {"arch": {"width": 16, "depth": 1, "heads": 2}, "out_indices": (0,)}
+    size = (grid[0] * 4, grid[1] * 4)
+    for told in (True, False):
+        content, table = rectangular(grid, told, part)
+        torch.save(content, tmp_path / "own.pth")
+        assert torch.equal(loaded(tmp_path / "own.pth", img_size=size, **arch).pos_embed, table)
+        if told:
+            other = loaded(tmp_path / "own.pth", img_size=64, **arch)
+            assert torch.equal(other.pos_embed, resample_positions(table, grid, (16, 16)))
 
 
 def test_weights_load_once_and_before_a_whole_models(pretrained: Path) -> None:

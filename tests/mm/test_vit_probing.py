@@ -13,11 +13,14 @@ import pytest
 import torch
 from mm_tiny import logged, tiny_config, train, weights, write_images, write_labelled
 from mmengine.config import Config
+from vit_files import RECTANGLES, rectangular
 
 import jepa_plugins.mm  # noqa: F401
 from jepa_plugins.core.checkpoints import CheckpointError, save_atomic
 from jepa_plugins.core.labelled import labelled_images
 from jepa_plugins.core.probing import Protocol, labelled_cells, probe_floors
+from jepa_plugins.core.vit import resample_positions
+from jepa_plugins.core.vit_weights import read_vit
 from jepa_plugins.mm.cli import untrained_model
 from jepa_plugins.mm.probing import describe_by, image_size, load_encoders, probe_vit
 
@@ -154,6 +157,31 @@ def test_encoders_come_from_our_files_and_from_ijepas(config: Config, tmp_path: 
         for name in ("target_encoder", "encoder"):
             held = getattr(trained, name).state_dict()
             assert all(torch.equal(v, held[k]) for k, v in getattr(model, name).state_dict().items())
+
+
+@pytest.mark.parametrize("grid", RECTANGLES)
+def test_a_rectangular_grid_of_our_own(config: Config, grid: tuple[int, int], tmp_path: Path) -> None:
+    """By the file's configuration, else by the model's size."""
+    cfg = copy.deepcopy(config)
+    for told in (True, False):
+        content, table = rectangular(grid, told)
+        torch.save(content, tmp_path / "own.pth")
+        for size in [(grid[0] * 4, grid[1] * 4), (64, 64)][: 2 if told else 1]:
+            cfg.merge_from_dict({"model.arch.width": 16, "model.img_size": size})
+            model = untrained_model(cfg)
+            assert load_encoders(model, str(tmp_path / "own.pth"), ("target", "context")) == 1
+            want = resample_positions(table, grid, model.encoder.grid)
+            assert torch.equal(model.target_encoder.pos_embed, want)
+            assert torch.equal(model.encoder.pos_embed, want)
+
+
+def test_a_checkpoint_of_a_run_tells_its_grid(source: Path, tmp_path: Path) -> None:
+    """As mmengine writes the configuration into the file."""
+    crop = [{"type": "KeyedResizedCrop", "size": (68, 104)}]
+    changes = {"model__img_size": (68, 104), "train_dataloader__dataset__pipeline": crop}
+    train(tiny_config(source, tmp_path, **changes, train_cfg__steps=4, train_dataloader__batch_size=2))
+    encoder = read_vit(tmp_path / "iter_4.pth")
+    assert encoder.shape.grid == (17, 26) and encoder.shape.heads == 2
 
 
 def test_files_that_lack_the_encoder(config: Config, tmp_path: Path) -> None:

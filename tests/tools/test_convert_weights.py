@@ -11,7 +11,7 @@ from convert_weights import main
 from PIL import Image
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer as TimmViT
-from vit_files import DEPTH, HEADS, PATCH, SIZE, WIDTH, files, tokens_of
+from vit_files import DEPTH, HEADS, PATCH, RECTANGLES, SIZE, WIDTH, files, rectangular, tokens_of
 
 from jepa_plugins.core.checkpoints import read_checkpoint
 
@@ -113,7 +113,9 @@ def test_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_origin_that_names_do_not_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = written("mae_encoder", tmp_path)
     run(source)
-    assert "note:     by its names it may be MAE's, DINO's, iBOT's or timm's" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "note:     by its names it may be MAE's, DINO's, iBOT's or timm's" in text
+    assert "licence:  not known: see where the file came from\n" in text
     run(source, "--origin", "timm")
     text = capsys.readouterr().out
     assert "by its names" not in text and "licence:  Apache 2.0 for the code" in text
@@ -157,6 +159,39 @@ def test_a_wrong_result_is_not_written(
     message = refusal(capsys, source, out, "--to", "mmseg", "--layer-scale", "fold")
     assert "the result does not compute what" in message and not out.exists()
     assert "proof:    WRONG" in capsys.readouterr().out
+
+
+WRONG = {
+    "one weight": lambda w: {k: -v if k == "blocks.1.attn.proj.bias" else v for k, v in w.items()},
+    "two names": lambda w: {k.replace("norm1", "x").replace("norm2", "norm1").replace("x", "norm2"): v
+                            for k, v in w.items()},
+    "the token's position": lambda w: {k: v.roll(1, 1) if k == "pos_embed" else v for k, v in w.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_result_beside_a_change_by_design_is_not_written(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = written("mae", tmp_path), tmp_path / "out.pth"
+    arguments = (source, out, "--to", "mmseg", "--class-token", "drop")
+    with monkeypatch.context() as patch:
+        patch.setattr("jepa_plugins.core.vit_convert.target_weights", lambda e, _: WRONG[what](e.weights))
+        message = refusal(capsys, *arguments)
+    assert "the result does not compute what" in message and "even with the same changes by design" in message
+    assert "; the rest WRONG: " in capsys.readouterr().out and not out.exists()
+    main([str(argument) for argument in arguments])
+    text = capsys.readouterr().out
+    assert "proof:    changed by design: the class token dropped; cosine similarity 0." in text
+    assert "; the rest exact: " in text and out.exists()
+
+
+@pytest.mark.parametrize("grid", RECTANGLES)
+def test_a_rectangular_grid_of_our_own(grid: tuple[int, int], tmp_path: Path) -> None:
+    content, table = rectangular(grid)
+    torch.save(content, tmp_path / "own.pth")
+    found = read_checkpoint(run(tmp_path / "own.pth"))
+    assert found["jepa_vit"]["grid"] == list(grid) and torch.equal(found["model"]["pos_embed"], table)
 
 
 def test_checkpoints_with_options_need_no_trust_but_others_do(
