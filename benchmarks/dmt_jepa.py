@@ -1,22 +1,28 @@
 #!/usr/bin/env python3
-"""What DMT-JEPA costs over I-JEPA: time of a whole step, and of the neighbours and heads alone, in the same run.
+"""What DMT-JEPA costs over I-JEPA: time of a whole step, of what it adds alone, in the same run, and peak memory.
 
     python benchmarks/dmt_jepa.py --sizes small base --batch 4
     python benchmarks/dmt_jepa.py --masks
 
-Arms take turns, so that a change of the machine's load meets them all alike; the median over rounds counts. The paper
-reports +0.3 % time and no memory at ViT-B/16 (table 6). --masks shows what drawing the masks costs instead: as a
-share of a step of mmseg/quick/dmt_jepa.py in the same run, and at the paper's batches, of which a process draws 256
-images, or all 2,048 with mask.scope "global".
+A step is forward, backward, optimiser and moving average. The additions are everything in it that I-JEPA does not
+have: neighbours, aggregated targets, the share that the position table would choose too, the context's aggregate
+forward and backward, and the heads' part of optimiser and moving average. Arms take turns, so that a change of the
+machine's load meets them all alike; the median over rounds counts. Peak memory is that of a process of its own, as in
+cost.py; both ratios are to I-JEPA. The paper reports +0.3 % time and no memory at ViT-B/16 (table 6).
+
+--masks shows what drawing the masks costs instead: as a share of a step of mmseg/quick/dmt_jepa.py in the same run,
+and at the paper's batches, of which a process draws 256 images, or all 2,048 with mask.scope "global".
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +30,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # A clone works without being installed.
 
+from cost import GIB, peak_memory  # noqa: E402
+
 from jepa_plugins.core.dmt_jepa import IJEPA, DMTJEPAModel, DMTJEPASettings  # noqa: E402
+from jepa_plugins.core.ema import ema_update  # noqa: E402
 from jepa_plugins.core.multiblock import MultiBlock, draw_masks  # noqa: E402
 from jepa_plugins.core.vit import SIZES, Predictor, VisionTransformer  # noqa: E402
 
@@ -76,23 +85,69 @@ class Arm:
         self.context = torch.randn(
             batch, self.masks.context.shape[1], width, device=device, requires_grad=True
         )
+        # A learning rate of 0 costs the same and keeps the weights what they are.
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0)
+        head = self.model.context_head
+        self.head_optimizer = None if head is None else torch.optim.AdamW(head.parameters(), lr=0.0)
 
     def step(self) -> None:
-        """Forward and backward."""
-        self.model.zero_grad(set_to_none=True)
+        """Forward, backward, optimiser, moving average."""
         self.model(self.images, self.masks).losses["loss"].backward()
+        self.optimizer.step()
+        self.model.update_target()
+        self.model.zero_grad(set_to_none=True)
 
     def addition(self) -> None:
-        """Neighbours and aggregated targets forward; the context's aggregate forward and backward."""
+        """Everything that I-JEPA's step does not have."""
+        model = self.model
         with torch.no_grad():
-            self.model.aggregate(self.patches, self.model.encoder.grid)
-        out = self.model.context_tokens(self.context)
-        if out.requires_grad and out is not self.context:
+            _, chosen = model.aggregate(self.patches, model.encoder.grid)
+            if chosen is not None:
+                model.by_position(chosen, self.images)
+        out = model.context_tokens(self.context)
+        if out is not self.context:
             out.sum().backward()
+        if self.head_optimizer is not None:
+            self.head_optimizer.step()
+            ema_update(model.target_head, model.context_head, model.ema_momentum())
+            self.head_optimizer.zero_grad(set_to_none=True)
+        self.context.grad = None
 
 
-def measure(size: str, batch: int, rounds: int, device: str) -> None:
-    """Print a line for each arm."""
+class FreshArm:
+    """An arm that is built where its memory is measured, for `peak_memory`."""
+
+    def __init__(self, size: str, name: str) -> None:
+        self.size, self.settings = size, ARMS[name]
+
+    def stepper(self, device: str, images: int) -> Callable[[], None]:
+        """Its step on so many images."""
+        return Arm(self.size, self.settings, images, device).step
+
+
+def peak_memory_apart(size: str, name: str, batch: int, device: str) -> int:
+    """Bytes that an arm's step needs at most, in a process of its own."""
+    command = [sys.executable, __file__, "--measure-memory", name, "--sizes", size]
+    command += ["--batch", str(batch), "--device", device]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an arm costs: seconds of a step and of the additions in it, most bytes held, trained parameters."""
+
+    size: str
+    arm: str
+    step: float
+    additions: float
+    memory: int
+    parameters: int
+
+
+def measure(size: str, batch: int, rounds: int, device: str) -> list[Row]:
+    """One row an arm, the first I-JEPA's."""
+    memory = {name: peak_memory_apart(size, name, batch, device) for name in ARMS}
     arms = {name: Arm(size, settings, batch, device) for name, settings in ARMS.items()}
     steps: dict[str, list[float]] = {name: [] for name in arms}
     parts: dict[str, list[float]] = {name: [] for name in arms}
@@ -102,14 +157,35 @@ def measure(size: str, batch: int, rounds: int, device: str) -> None:
             if round_:  # the first one warms up
                 steps[name].append(step)
                 parts[name].append(part)
-    reference = statistics.median(steps["I-JEPA"])
-    for name in arms:
-        step, part = statistics.median(steps[name]), statistics.median(parts[name])
-        parameters = sum(p.numel() for p in arms[name].model.parameters() if p.requires_grad)
-        print(
-            f"{size:6} {name:26} step {step * 1000:8.1f} ms = {step / reference:5.3f} of I-JEPA; additions "
-            f"{part * 1000:7.1f} ms = {part / step:6.1%} of the step; {parameters / 1e6:.1f}M trained parameters"
+    return [
+        Row(
+            size,
+            name,
+            statistics.median(steps[name]),
+            statistics.median(parts[name]),
+            memory[name],
+            sum(p.numel() for p in arm.model.parameters() if p.requires_grad),
         )
+        for name, arm in arms.items()
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """Rows of one size, the first one's arm being the reference, as lines of a Markdown table."""
+    lines = []
+    for row in rows:
+        cells = [
+            f"{row.size:6} | {row.arm:24} | {1000 * row.step:8.1f} | {row.step / rows[0].step:10.3f}",
+            f"{1000 * row.additions:9.2f} | {row.additions / row.step:8.1%} | {row.memory / GIB:8.2f}",
+            f"{row.memory / rows[0].memory:10.3f} | {row.parameters / 1e6:6.1f}M",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+HEAD = """\
+| size   | method                   | step, ms | time ratio | added, ms |  of step | peak GiB | peak ratio | trained |
+|--------|--------------------------|---------:|-----------:|----------:|---------:|---------:|-----------:|--------:|"""
 
 
 def draw(batch: int, grid: tuple[int, int], sampler: str, number: int) -> None:
@@ -154,12 +230,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--masks", action="store_true", help="measure drawing the masks instead")
+    parser.add_argument(
+        "--measure-memory", choices=ARMS, help=argparse.SUPPRESS
+    )  # of this arm, and nothing else
     args = parser.parse_args()
+    if args.measure_memory:
+        print(peak_memory(FreshArm(args.sizes[0], args.measure_memory), args.device, args.batch))
+        return
     if args.masks:
         measure_masks(args.rounds, args.device)
         return
+    print(HEAD)
     for size in args.sizes:
-        measure(size, args.batch, args.rounds, args.device)
+        print(table(measure(size, args.batch, args.rounds, args.device)), flush=True)
 
 
 if __name__ == "__main__":

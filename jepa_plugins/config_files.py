@@ -57,6 +57,25 @@ def find_config(name: str | Path) -> str:
     raise FileNotFoundError(f"No config {str(name)!r}, neither as a file nor in {config_root()}; {hint}")
 
 
+def default_work_dir(name: str | Path) -> str:
+    """Folder of a configuration's run below ``work_dirs``, when none is given.
+
+    Of one of this project's: its path below the toolkit's folder, since different ones share a file name, e.g.
+    ``work_dirs/dmt_jepa/vit_base16`` for ``mmseg/dmt_jepa/vit_base16.py``. Of any other: its file name without the
+    suffix, as mmengine's launchers have it.
+
+    Args:
+        name: as `find_config` takes it.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+    """
+    path = Path(find_config(name)).resolve()
+    root = config_root().resolve()
+    parts = path.relative_to(root).parts[1:] if path.is_relative_to(root) else ()
+    return str(Path("work_dirs", *(parts or path.parts[-1:])).with_suffix(""))
+
+
 def _close_matches(name: str, known: list[str], count: int = 5) -> list[str]:
     """Configs of the same file name first, then of similar file names, then of similar paths."""
     base = PurePosixPath(name).name

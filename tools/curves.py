@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Curves of pre-training runs in one picture: the loss, and what tells learning from collapse.
 
-python tools/curves.py work_dirs/dmt_jepa work_dirs/ijepa --out curves.png --probe probe.json
+python tools/curves.py work_dirs/quick/dmt_jepa work_dirs/quick/ijepa --out curves.png --probe probe.json
 
 Reads the folders of mmengine runs (vis_data/scalars.json of every start, joined where a run was resumed) and of
 detectron2 runs (metrics.json). Drawn are the loss, the target's variance, the dense RankMe of the centred target over
 its first value, the explained variance, and a probe's score over time: from files of tools/vit_probe.py, or as a run
-logged it while it trained, with its floors as dotted lines. A table of the same values is printed: at the start, at
+logged it while it trained, with its floors as dotted lines; and, if a run logged them, the measures of held-out
+images. A table of the same values is printed: at the start, at
 quarters of the run, at its end, and the lowest. Losses of different methods do not compare; a loss that falls with
 the target's variance or its RankMe shows a collapse.
 """
@@ -34,6 +35,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.backend_bases import FigureCanvasBase  # noqa: E402
 
 Points = dict[int, float]  # a value by its step
+COLUMNS = 3
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LOWEST_SHOWN = -1.0  # of the explained variance, which starts far below
 STYLES = ("-", "--", ":", "-.")
@@ -43,20 +45,24 @@ STYLES = ("-", "--", ":", "-.")
 class Measure:
     """A panel: its title, the names that logs give the value, and whether its first value is the unit.
 
-    A relative one is measured more rarely than logged, so of equal values in a row the first counts.
+    A rare one is measured more rarely than logged, so of equal values in a row the first counts. `lowest` is shown at
+    most, of a value that may start far below.
     """
 
     title: str
     names: tuple[str, ...]
     relative: bool = False
+    rare: bool = False
+    lowest: float = -math.inf
 
     def of(self, series: Mapping[str, Points]) -> Points:
         """Its points in a run; empty when the run did not log it."""
         found = next((series[name] for name in self.names if series.get(name)), {})
         points = dict(sorted(found.items()))
+        if self.rare and points:
+            points = changes(points)
         if not (self.relative and points):
             return points
-        points = changes(points)
         first = next(iter(points.values()))
         return {step: value / first if first else math.nan for step, value in points.items()}
 
@@ -71,8 +77,21 @@ def changes(points: Points) -> Points:
 MEASURES = (
     Measure("loss", ("loss", "total_loss")),
     Measure("target variance", ("target_variance",)),
-    Measure("dense RankMe / its first value", ("rankme_dense_centred",), relative=True),
-    Measure("explained variance", ("explained_variance",)),
+    Measure("dense RankMe / its first value", ("rankme_dense_centred",), relative=True, rare=True),
+    Measure("explained variance", ("explained_variance",), lowest=LOWEST_SHOWN),
+)
+
+
+def held_out(title: str, name: str, lowest: float = -math.inf) -> Measure:
+    """What a hook (mmengine) or an evaluation (detectron2) logs of images that do not train."""
+    names = (f"held_out_{name}", f"held_out/{name}")
+    return Measure(f"held out: {title}", names, rare=True, lowest=lowest)
+
+
+HELD_OUT = (
+    held_out("target variance", "target_variance"),
+    held_out("explained variance", "explained_variance", LOWEST_SHOWN),
+    held_out("explained beyond position", "explained_variance_beyond_position", LOWEST_SHOWN),
 )
 
 
@@ -150,16 +169,16 @@ def read_run(folder: str) -> dict[str, Points]:
 def run_names(folders: Sequence[str]) -> list[str]:
     """The folders' own names, or their paths where those are not unique."""
     names = [Path(folder).absolute().name for folder in folders]
-    return names if len(set(names)) == len(names) else list(folders)
+    return names if len(set(names)) == len(names) else [str(Path(folder)) for folder in folders]
 
 
 def read_probes(files: Sequence[str], score: str) -> Probes:
-    """Files of tools/vit_probe.py.
+    """Files of tools/vit_probe.py; runs of one name are called by their paths, as `run_names` does.
 
     Raises:
         FileNotFoundError, ValueError: no such file; no such score in it; files that were measured differently.
     """
-    probes = Probes()
+    probes, contents = Probes(), {}
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"there is no file '{file}' (--probe)")
@@ -169,6 +188,16 @@ def read_probes(files: Sequence[str], score: str) -> Probes:
             raise ValueError(f"'{file}' is no valid json ({error}): give what vit_probe.py wrote") from error
         if not isinstance(content, dict) or "protocol" not in content:
             raise ValueError(f"'{file}' has no \"protocol\": give what vit_probe.py wrote (--probe)")
+        contents[file] = content
+    folders: dict[str, set[Path]] = {}  # of runs of one name
+    for content in contents.values():
+        for row in content.values():
+            if "run" in row:
+                folders.setdefault(row["run"], set()).add(Path(row["file"]).parent)
+    for file, content in contents.items():
+        for row in content.values():
+            if "run" in row and len(folders[row["run"]]) > 1:
+                row["run"] = str(Path(row["file"]).parent)
         add_probes(probes, content, score, file)
     return probes
 
@@ -241,12 +270,17 @@ def summary(rows: Sequence[tuple[str, str, Points]]) -> str:
     return "\n".join(aligned)
 
 
+def measures_of(runs: Mapping[str, Mapping[str, Points]]) -> list[Measure]:
+    """The panels: those of every picture, and of held-out images what a run has logged."""
+    return [*MEASURES, *(m for m in HELD_OUT if any(m.of(series) for series in runs.values()))]
+
+
 def rows_of(runs: Mapping[str, Mapping[str, Points]], probes: Probes, score: str) -> list:
     """What the table shows."""
     rows = [
         (name, measure.title, points)
         for name, series in runs.items()
-        for measure in MEASURES
+        for measure in measures_of(runs)
         if (points := measure.of(series))
     ]
     curves = probes.curves.items()
@@ -261,21 +295,25 @@ def draw(runs: Mapping[str, Mapping[str, Points]], probes: Probes, score: str, p
     names = list(dict.fromkeys([*runs, *(run for run, _ in probes.curves)]))
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     lines = {name: STYLES[i // 10 % len(STYLES)] for i, name in enumerate(names)}  # when colours repeat
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    for axis, measure in zip(axes.flat, MEASURES, strict=False):
+    measures = measures_of(runs)
+    rows = -(-(len(measures) + 2) // COLUMNS)  # two more, for the probes and the legend
+    figure, grid = plt.subplots(rows, COLUMNS, figsize=(13, 3.5 * rows), layout="constrained")
+    *panels, probed, legend = list(grid.flat)[: len(measures) + 2]
+    for axis, measure in zip(panels, measures, strict=True):
         axis.set_title(measure.title, fontsize=10)
         for name, series in runs.items():
             points = measure.of(series)
             axis.plot(list(points), list(points.values()), lines[name], color=colours[name], lw=1.2)
         if measure.relative:
             axis.axhline(1, color="0.7", lw=0.8)
-    axes.flat[3].set_ylim(bottom=max(axes.flat[3].get_ylim()[0], LOWEST_SHOWN))
-    draw_probes(axes.flat[4], probes, colours, score)
-    axes.flat[4].set_xlim(left=min(axes.flat[4].get_xlim()[0], 0))
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], measure.lowest))
+    draw_probes(probed, probes, colours, score)
+    probed.set_xlim(left=min(probed.get_xlim()[0], 0))
     handles = [plt.Line2D([], [], color=colours[name], ls=lines[name], label=name) for name in names]
-    axes.flat[5].legend(handles=handles, loc="center", frameon=False, fontsize=9)
-    axes.flat[5].axis("off")
-    for axis in axes.flat[:5]:
+    legend.legend(handles=handles, loc="center", frameon=False, fontsize=9)
+    for axis in list(grid.flat)[len(measures) + 1 :]:
+        axis.axis("off")
+    for axis in (*panels, probed):
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(color="0.92")

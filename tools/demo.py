@@ -185,6 +185,7 @@ def dmt_jepa_part(stages: Stages, size: Size, data: Path) -> dict:
         *("dmt_jepa", "dmt_jepa.py", f"train_dataloader.dataset.source={data}/unlabelled"),
         *(f"train_cfg.steps={steps}", f"param_scheduler.0.warmup_steps={max(steps // 10, 1)}"),
         f"default_hooks.checkpoint.interval={steps}",
+        f"default_hooks.held_out.source={data}/val2017",
     )
     checkpoint = pretrained / f"iter_{steps}.pth"
     warmup = max(tuning // 10, 1)

@@ -2,7 +2,7 @@
 """Train or evaluate a LazyConfig, in the command-line style of detectron2's script of the same name.
 
 python tools/lazyconfig_train_net.py --config-file detectron2/lazy/mask_rcnn_vitb_100ep.py --num-gpus 8
-train.init_checkpoint=work_dirs/vit_base16/iter_375600.pth
+train.init_checkpoint=work_dirs/dmt_jepa/vit_base16/iter_375600.pth
 python tools/lazyconfig_train_net.py --config-file ... --eval-only train.init_checkpoint=output/model_final.pth
 python tools/lazyconfig_train_net.py --config-file ... --resume
 torchrun --nproc-per-node 8 tools/lazyconfig_train_net.py --config-file ...

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Evaluate a trained model of any mmengine configuration, in mmsegmentation's command-line style.
 
-python tools/test.py mmseg/quick/upernet.py work_dirs/upernet/iter_300.pth
-python tools/test.py mmseg/upernet/vit_base16_ade20k_512x512_160k.py work_dirs/NAME/iter_160000.pth
+python tools/test.py mmseg/quick/upernet.py work_dirs/quick/upernet/iter_300.pth
+python tools/test.py mmseg/upernet/vit_base16_ade20k_512x512_160k.py FILE
 torchrun --nproc-per-node 8 tools/test.py CONFIG CHECKPOINT
 srun --ntasks-per-node 8 --gpus-per-node 8 python tools/test.py CONFIG CHECKPOINT
 
@@ -22,7 +22,7 @@ from mmengine.config import Config, DictAction  # noqa: E402
 from mmengine.registry import RUNNERS  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
-from jepa_plugins.config_files import find_config  # noqa: E402
+from jepa_plugins.config_files import default_work_dir, find_config  # noqa: E402
 from jepa_plugins.core.checkpoints import check_file  # noqa: E402
 from jepa_plugins.core.cli import one_sentence  # noqa: E402
 from jepa_plugins.mm.checkpoints import TRUST  # noqa: E402
@@ -37,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="a file, or the name of one of this project's configurations")
     parser.add_argument("checkpoint", help="of the trained model")
-    parser.add_argument("--work-dir", help="folder of logs and results; work_dirs/NAME without it")
+    parser.add_argument(
+        "--work-dir", help="folder of logs and results; without it work_dirs/NAME, NAME as below mmseg/"
+    )
     parser.add_argument("--out", help="folder for the predictions")
     parser.add_argument("--show", action="store_true", help="show the predictions")
     parser.add_argument("--show-dir", help="folder for painted images")
@@ -63,7 +65,7 @@ def configuration(args: argparse.Namespace) -> Config:
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get("work_dir") is None:
-        cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
+        cfg.work_dir = default_work_dir(args.config)
     cfg.load_from = args.checkpoint
     if cfg.get("test_dataloader") is None:
         raise ValueError(f"{args.config} has no test_dataloader: there is nothing to evaluate")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pre-train DMT-JEPA or I-JEPA, or train any mmengine configuration, in mmsegmentation's command-line style.
 
-python tools/train.py mmseg/quick/dmt_jepa.py --work-dir work_dirs/quick
+python tools/train.py mmseg/quick/dmt_jepa.py  # into work_dirs/quick/dmt_jepa
 python tools/train.py mmseg/dmt_jepa/vit_base16.py --cfg-options train_dataloader.dataset.source=imagenet/train
 torchrun --nproc-per-node 8 tools/train.py mmseg/dmt_jepa/vit_base16.py
 srun --ntasks-per-node 8 --gpus-per-node 8 python tools/train.py mmseg/dmt_jepa/vit_base16.py
@@ -21,7 +21,7 @@ from mmengine.config import Config, DictAction  # noqa: E402
 from mmengine.registry import RUNNERS  # noqa: E402
 from mmengine.runner import Runner, find_latest_checkpoint  # noqa: E402
 
-from jepa_plugins.config_files import find_config  # noqa: E402
+from jepa_plugins.config_files import default_work_dir, find_config  # noqa: E402
 from jepa_plugins.core.cli import one_sentence  # noqa: E402
 from jepa_plugins.mm.checkpoints import TRUST  # noqa: E402
 from jepa_plugins.mm.distributed import LAUNCHERS, leave_processes, start_processes  # noqa: E402
@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="a file, or the name of one of this project's configurations")
-    parser.add_argument("--work-dir", help="folder of logs and checkpoints; work_dirs/NAME without it")
+    parser.add_argument(
+        "--work-dir", help="folder of logs and checkpoints; without it work_dirs/NAME, NAME as below mmseg/"
+    )
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint of the folder")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast for our optimiser wrapper")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
@@ -57,7 +59,7 @@ def configuration(args: argparse.Namespace) -> Config:
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get("work_dir") is None:
-        cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
+        cfg.work_dir = default_work_dir(args.config)
     if args.amp:
         use_mixed_precision(cfg)
     cfg.resume = args.resume

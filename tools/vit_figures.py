@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pictures of a pre-trained ViT: what it looks at and which patches look alike to it, before and after.
 
-python tools/vit_figures.py mmseg/quick/dmt_jepa.py --weights work_dirs/dmt_jepa/iter_600.pth --images FOLDER \\
+python tools/vit_figures.py mmseg/quick/dmt_jepa.py --weights work_dirs/quick/dmt_jepa/iter_600.pth --images FOLDER \\
     --out attention.png similarity.png
 
 The first file shows the target encoder's last attention (mean over heads) and the aggregation head's last attention,

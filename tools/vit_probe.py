@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Probes of the frozen patch features of DMT-JEPA and I-JEPA checkpoints on labelled images, with their floors.
 
-python tools/vit_probe.py mmseg/quick/dmt_jepa.py --weights work_dirs/dmt_jepa/iter_*.pth --size 120 160 \\
+python tools/vit_probe.py mmseg/quick/dmt_jepa.py --weights work_dirs/quick/dmt_jepa/iter_*.pth --size 120 160 \\
     --train folder_semantic@datasets/camvid@training --val folder_semantic@datasets/camvid@validation --out probe.json
 
 A linear classifier, k nearest neighbours and k-means (its clusters named by the training labels), fitted on the

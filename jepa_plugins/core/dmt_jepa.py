@@ -20,6 +20,7 @@ from jepa_plugins.core.aggregation import (
     pooled_context,
     pooled_targets,
 )
+from jepa_plugins.core.derived import Derived
 from jepa_plugins.core.ema import ema_update, momentum_at, target_copy
 from jepa_plugins.core.multiblock import Masks
 from jepa_plugins.core.neighbours import (
@@ -150,6 +151,17 @@ class DMTJEPAModel(nn.Module):
         self.target_head: Any = None if self.context_head is None else target_copy(self.context_head)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("ema_pending", torch.zeros((), dtype=torch.bool))
+        self._steps_done: Derived[int] = Derived()
+        self._by_position: Derived[Neighbours] = Derived()
+
+    @property
+    def steps_done(self) -> int:
+        """The number in `step`, which the device is asked for once and not at every step."""
+        return self._counted()
+
+    @torch.compiler.disable  # a number that changes at every step must not become part of a graph
+    def _counted(self) -> int:
+        return self._steps_done.get(self.step, lambda: int(self.step))
 
     def train(self, mode: bool = True) -> DMTJEPAModel:
         """As usual, but the targets stay in eval mode."""
@@ -161,16 +173,17 @@ class DMTJEPAModel(nn.Module):
 
     def ema_momentum(self) -> float:
         """Of the next update of the targets."""
-        return momentum_at(int(self.step), self.total_steps, *self.ema)
+        return momentum_at(self.steps_done, self.total_steps, *self.ema)
 
     def update_target(self) -> float:
         """Move the targets once, after an optimiser step, and count the step; returns the momentum used."""
-        momentum = self.ema_momentum()
+        done, momentum = self.steps_done, self.ema_momentum()
         ema_update(self.target_encoder, self.encoder, momentum)
         if self.target_head is not None:
             assert self.context_head is not None
             ema_update(self.target_head, self.context_head, momentum)
         self.step += 1
+        self._steps_done.put(self.step, done + 1)
         self.ema_pending.fill_(False)
         return momentum
 
@@ -240,7 +253,10 @@ class DMTJEPAModel(nn.Module):
 
     def by_position(self, chosen: Neighbours, images: Tensor) -> Tensor:
         """Share of the chosen neighbours that the table of positions alone would have chosen."""
-        assert self.settings.neighbourhood is not None
-        grid = self.encoder.grid_of(images.shape[-2], images.shape[-1])
-        table = self.encoder.positions(grid)
-        return shared_with(chosen, choose_neighbours(table, grid, self.settings.neighbourhood))
+        where, encoder = self.settings.neighbourhood, self.encoder
+        assert where is not None
+        grid = encoder.grid_of(images.shape[-2], images.shape[-1])
+        reference = self._by_position.get(
+            encoder.pos_embed, lambda: choose_neighbours(encoder.positions(grid), grid, where), grid
+        )
+        return shared_with(chosen, reference)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -171,14 +172,17 @@ def context_cells(
     """
     kept = torch.zeros(len(targets), outside.shape[1], dtype=torch.bool)
     open_rows = torch.arange(len(targets))
-    for attempt in range(TRIES * (settings.targets + 1)):
-        draws = keyed_uniform(keys[open_rows], (attempt + 1, 2))[:, -1]
-        free = context.cells.index_select(0, context.at(draws))
-        for place in targets[open_rows, : settings.targets - attempt // TRIES].unbind(1):
-            free &= outside.index_select(0, place)
-        enough = free.sum(1) > settings.min_keep
-        kept[open_rows[enough]] = free[enough]
-        open_rows = open_rows[~enough]
+    last = TRIES * (settings.targets + 1)
+    # The first try, which nearly every image needs alone, then what is left of its TRIES, then TRIES at a time.
+    for start, stop in pairwise([0, 1, *range(TRIES, last + 1, TRIES)]):
+        draws = keyed_uniform(keys[open_rows], (stop - start, 2), start)
+        allowed = free_of(outside, targets[open_rows, : settings.targets - start // TRIES])
+        free = context.cells.index_select(0, context.at(draws).flatten()).unflatten(0, draws.shape[:2])
+        free &= allowed[:, None]
+        enough = free.sum(2) > settings.min_keep  # [rows, tries]
+        found, first = enough.any(1), enough.byte().argmax(1)
+        kept[open_rows[found]] = free[found, first[found]]
+        open_rows = open_rows[~found]
         if len(open_rows) == 0:
             return kept
     height, width = context.size
@@ -186,3 +190,11 @@ def context_cells(
         f"context blocks of {height}x{width} patches hold no more than min_keep {settings.min_keep}: "
         "give larger images, smaller patches or a lower min_keep"
     )
+
+
+def free_of(outside: Tensor, targets: Tensor) -> Tensor:
+    """Patches in none of the target blocks at places int64 [B, n]: bool [B, patches]."""
+    free = torch.ones(len(targets), outside.shape[1], dtype=torch.bool)
+    for place in targets.unbind(1):
+        free &= outside.index_select(0, place)
+    return free

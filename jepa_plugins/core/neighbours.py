@@ -53,10 +53,14 @@ class Neighbourhood:
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)  # else a table made for an evaluation could not serve a training
 def candidate_table(
-    grid: tuple[int, int], window: int, include_self: bool, border: str
+    grid: tuple[int, int], window: int, include_self: bool, border: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Candidates of every patch: int64 [N, n], and whether each lies inside the grid: bool [N, n]."""
+    """Candidates of every patch: int64 [N, n], and whether each lies inside the grid: bool [N, n].
+
+    Both are on `device`, and made once.
+    """
     height, width = grid
     half = window // 2
     rows, columns = (
@@ -80,7 +84,7 @@ def candidate_table(
         # exactly one entry of each row is the patch itself: the others keep their order
         order = own.to(torch.uint8).argsort(dim=1, stable=True)[:, :-1]
         index, inside = index.gather(1, order), inside.gather(1, order)
-    return index, inside
+    return index.to(device), inside.to(device)
 
 
 @dataclass
@@ -110,9 +114,8 @@ def choose_neighbours(features: Tensor, grid: tuple[int, int], settings: Neighbo
         if not settings.include_self:
             similar.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
         return Neighbours(similar.topk(settings.k, dim=-1).indices, None)
-    table, inside = (
-        t.to(features.device)
-        for t in candidate_table(grid, settings.window, settings.include_self, settings.border)
+    table, inside = candidate_table(
+        grid, settings.window, settings.include_self, settings.border, features.device
     )
     # one column of candidates at a time: gathering all at once would hold window^2 copies of the features
     similar = torch.stack([(unit * unit[:, column]).sum(-1) for column in table.unbind(1)], dim=-1)

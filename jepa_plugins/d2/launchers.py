@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import TrainerBase
@@ -19,6 +18,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
 
 from jepa_plugins.core.checkpoints import CheckpointError
+from jepa_plugins.core.random import iteration_seed
 from jepa_plugins.d2.checkpoint import Checkpointer
 from jepa_plugins.d2.hooks import PretrainingNote, unwrapped
 from jepa_plugins.d2.mask_jepa import MaskJEPA
@@ -46,8 +46,7 @@ def share_log() -> None:
 def seed_iteration(seed: int, iteration: int) -> None:
     """Seed the global generators by (seed, iteration, process), so that nothing of their state needs saving: a
     resumed run draws what it would have drawn."""
-    key = np.random.SeedSequence([seed, iteration, comm.get_rank()]).generate_state(1)[0]
-    seed_all_rng(int(key) % 2**31)
+    seed_all_rng(iteration_seed(seed, iteration, comm.get_rank()))
 
 
 class Stream:

@@ -17,8 +17,6 @@ from torch.utils.data import Dataset, Sampler
 from jepa_plugins.core.images import CHANNELS
 from jepa_plugins.core.sources import Sources, epoch_order, read_or_replace
 
-SOURCES = Sources("train_dataloader.dataset.source", "train_dataloader.dataset.root")
-
 
 class Place(NamedTuple):
     """Where a sample stands in a run.
@@ -63,6 +61,7 @@ class UnlabelledImages(Dataset):
         root: folder that the paths in list and json files are relative to.
         pipeline: transforms, each from a dict to a dict, that read "img" uint8 [H, W, C] and "place".
         image_format: "RGB", "BGR" or "L".
+        keys: the configuration's entries for source and root, for messages.
 
     Raises:
         FileNotFoundError, ValueError: a source that is not there or holds no images.
@@ -76,10 +75,11 @@ class UnlabelledImages(Dataset):
         pipeline: Sequence[dict | Callable],
         root: str = "",
         image_format: str = "RGB",
+        keys: Sequence[str] = ("train_dataloader.dataset.source", "train_dataloader.dataset.root"),
     ) -> None:
         if image_format not in CHANNELS:
             raise ValueError(f"image_format is one of {', '.join(CHANNELS)}, got {image_format!r}")
-        self.files = SOURCES.list_all([source] if isinstance(source, str) else list(source), root)
+        self.files = Sources(*keys).list_all([source] if isinstance(source, str) else list(source), root)
         self.image_format = image_format
         self.pipeline = Compose(pipeline)
 

@@ -29,6 +29,8 @@ from jepa_plugins.mm.model import DMTJEPA
 from jepa_plugins.mm.optim import accumulation_of
 from jepa_plugins.mm.probing import check_which, image_size, probe_vit
 
+# of the configuration, in messages
+HELD_OUT_KEYS = ("default_hooks.held_out.source (None measures nothing)", "default_hooks.held_out.root")
 KEPT_HISTORY = 1000  # values of each logged scalar that a checkpoint keeps
 
 
@@ -125,24 +127,35 @@ class HeldOutHook(Hook):
     Logged are "held_out_explained_variance" (1 - squared error / variance of the targets),
     "held_out_explained_variance_beyond_position" (against the variance over images at the same patch, which a
     prediction that knows only the position would reach), "held_out_target_variance" and others of `HeldOutMeter`.
+    Stands in default_hooks as "held_out".
 
     Args:
-        source, root, pipeline: see `UnlabelledImages`. interval: optimiser steps between measurements.
-        images: at most so many are used. batch_size: of one forward.
+        source, root, pipeline: see `UnlabelledImages`; a source of None measures nothing. interval: optimiser steps
+            between measurements. images: at most so many are used. batch_size: of one forward.
+
+    Raises:
+        FileNotFoundError, ValueError: a source that is not there or holds no images.
     """
 
     def __init__(
         self,
-        source: str | Sequence[str],
+        source: str | Sequence[str] | None,
         pipeline: Sequence[dict | Callable],
         root: str = "",
         interval: int = 1000,
         images: int = 256,
         batch_size: int = 32,
     ) -> None:
-        self.dataset = UnlabelledImages(source, pipeline, root)
-        self.count = min(images, len(self.dataset))
-        self.interval, self.batch_size = interval, batch_size
+        self.dataset: UnlabelledImages | None = None
+        self.count, self.interval, self.batch_size = 0, interval, batch_size
+        if source is not None:
+            self.dataset = UnlabelledImages(source, pipeline, root, keys=HELD_OUT_KEYS)
+            self.count = min(images, len(self.dataset))
+
+    def before_train(self, runner: Any) -> None:
+        """Read images as the training does."""
+        if self.dataset is not None:
+            self.dataset.image_format = runner.train_loop.dataloader.dataset.image_format
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -150,12 +163,14 @@ class HeldOutHook(Hook):
         """Measure on the main process when it is time."""
         model = model_of(runner)
         moved = runner.optim_wrapper.should_update()
-        if moved and is_main_process() and int(model.step) % self.interval == 0:
-            for name, value in self.measure(model).items():
+        if self.dataset is None or not moved or not is_main_process():
+            return
+        if model.steps_done % self.interval == 0:
+            for name, value in self.measure(model, self.dataset).items():
                 runner.message_hub.update_scalar(f"train/held_out_{name}", value)
 
     @torch.no_grad()
-    def measure(self, model: DMTJEPA) -> dict[str, float]:
+    def measure(self, model: DMTJEPA, dataset: UnlabelledImages) -> dict[str, float]:
         """The measures of the model as it is, which stays in its mode.
 
         Raises:
@@ -166,9 +181,9 @@ class HeldOutHook(Hook):
         for first in range(0, self.count, self.batch_size):
             last = min(first + self.batch_size, self.count)
             places = [Place(0, i, i, first, last - first) for i in range(first, last)]
-            batch = collate_images([self.dataset[place] for place in places])
+            batch = collate_images([dataset[place] for place in places])
             if batch["inputs"] is None:
-                UnreadableImages(self.dataset.files, limit_key="nothing here").update(batch["reports"])
+                UnreadableImages(dataset.files, limit_key="nothing here").update(batch["reports"])
             meter.update(model.maps(**model.data_preprocessor(batch)))
         model.train(training)
         return meter.result()
@@ -254,7 +269,7 @@ class ViTProbeHook(Hook):
         model = model_of(runner)
         if not is_main_process() or not runner.optim_wrapper.should_update():
             return
-        if int(model.step) % self.interval == 0 or int(model.step) == model.total_steps:
+        if model.steps_done % self.interval == 0 or model.steps_done == model.total_steps:
             self.act(runner, runner.iter + 1)
 
     def act(self, runner: Any, iteration: int) -> None:
@@ -285,12 +300,11 @@ class PretrainCheckpointHook(CheckpointHook):
     """mmengine's, but: a checkpoint is written whole or not at all, an old one is removed only after that, and
     the file holds plain values and tensors alone, so that every reader with weights only takes it.
 
-    A resume loads every tensor of the model or fails; torch's random state goes on too.
+    A resume loads every tensor of the model or fails. No random state is kept: `PretrainLoop` seeds each iteration.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"by_epoch": False, "backend_args": {"backend": ATOMIC_BACKEND}, **kwargs})
-        self._random_state: Any = None
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         kept = [] if self.max_keep_ckpts <= 0 else [old for old in self.keep_ckpt_ids if old != step]
@@ -321,12 +335,8 @@ class PretrainCheckpointHook(CheckpointHook):
                     os.remove(path)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Make the log's history plain, and add torch's random state."""
+        """Make the log's history plain."""
         checkpoint["message_hub"] = plain(checkpoint["message_hub"])
-        checkpoint["random_state"] = {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """The reverse; a checkpoint to resume from must fill the whole model.
@@ -348,14 +358,3 @@ class PretrainCheckpointHook(CheckpointHook):
             checkpoint["state_dict"] = weights  # what mmengine loads next
         source = str(runner._load_from or "the last checkpoint")
         runner.logger.info("%s", load_into(model_of(runner), weights, required=required, source=source))
-        if runner._resume:
-            self._random_state = checkpoint.get("random_state")
-
-    def before_train(self, runner: Any) -> None:
-        """Go on with the random state of the checkpoint."""
-        super().before_train(runner)
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state["cpu"].cpu())
-            states = self._random_state["cuda"]
-            if torch.cuda.is_available() and len(states) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all([state.cpu() for state in states])

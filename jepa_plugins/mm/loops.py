@@ -10,6 +10,7 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop
 
+from jepa_plugins.core.random import iteration_seed
 from jepa_plugins.core.sources import UnreadableImages
 from jepa_plugins.mm.data import RunBatchSampler
 from jepa_plugins.mm.model import DMTJEPA
@@ -76,6 +77,8 @@ class PretrainLoop(IterBasedTrainLoop):
             runner.model.train()
             batch = next(batches)
             unreadable.update(batch.pop("reports"))
+            # Here, so that what the model draws depends neither on how the data is read nor on what ran before.
+            torch.manual_seed(iteration_seed(runner.seed, self._iter, get_rank()))
             self.run_iter(batch)
             self._decide_current_val_interval()
             if (

@@ -234,7 +234,7 @@ class DMTJEPA(DMTJEPAModel, BaseModel):
         masks = self.masks_of(place, grid).to(inputs.device)
         out = super().forward(inputs, masks)
         metrics = dict(out.metrics)
-        if self.training and self.rank_period and int(self.step) % self.rank_period == 0:
+        if self.training and self.rank_period and self.steps_done % self.rank_period == 0:
             ranks = rank_metrics(out.maps["target"])
             metrics.update({name: inputs.new_tensor(value) for name, value in ranks.items()})
         images = inputs.new_tensor(float(place.counted))

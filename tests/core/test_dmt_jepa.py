@@ -1,13 +1,16 @@
 """DMT-JEPA: aggregation against plain references, options, gradients, targets."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from jepa_plugins.core import dmt_jepa
 from jepa_plugins.core.aggregation import AggregationHead, pooled_context, pooled_targets
 from jepa_plugins.core.dmt_jepa import IJEPA, DMTJEPAModel, DMTJEPASettings
 from jepa_plugins.core.multiblock import MultiBlock, draw_masks
-from jepa_plugins.core.neighbours import Neighbourhood, Neighbours, choose_neighbours
+from jepa_plugins.core.neighbours import Neighbourhood, Neighbours, choose_neighbours, shared_with
 from jepa_plugins.core.vit import Predictor, VisionTransformer
 
 GRID, WIDTH, HEADS = (6, 7), 24, 3
@@ -226,6 +229,58 @@ def test_targets_move_by_ema_alone() -> None:
     for now, was, new in zip(target, before, online, strict=True):
         assert torch.allclose(now, 0.996 * was + 0.004 * new, atol=1e-6)
     assert model.train().target_encoder.training is False
+
+
+def test_the_device_is_asked_for_the_step_once(monkeypatch) -> None:
+    model, reads = make(), []
+    read = torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: reads.append(tensor) or read(tensor))
+    momenta = [model.update_target() for _ in range(4)]
+    assert len(reads) == 1 and model.steps_done == 4
+    assert momenta == pytest.approx([0.996 + 0.004 * i / 10 for i in range(4)])
+    assert read(model.step) == 4
+    model.load_state_dict({**model.state_dict(), "step": torch.tensor(9)})
+    assert model.steps_done == 9 and model.ema_momentum() == pytest.approx(0.9996)
+    assert copy.deepcopy(model).steps_done == 9
+
+
+def test_neighbours_by_position_are_chosen_once(monkeypatch) -> None:
+    model, (images, masks), tables = make(), batch(), []
+
+    def counted(features, grid, settings):
+        if len(features) == 1:  # the table of positions; a batch has three images
+            tables.append(grid)
+        return choose_neighbours(features, grid, settings)
+
+    monkeypatch.setattr(dmt_jepa, "choose_neighbours", counted)
+    names = list(model.state_dict())
+    first, again = (model(images, masks).metrics["neighbours_by_position"] for _ in range(2))
+    assert tables == [GRID] and torch.equal(first, again) and list(model.state_dict()) == names
+    other = draw_masks(MultiBlock(), (8, 12), 0, torch.arange(2), 0)
+    model(torch.randn(2, 3, 64, 96), other)
+    assert tables == [GRID, (8, 12)]
+    # another table chooses others
+    table = torch.randn_like(model.encoder.pos_embed)
+    model.load_state_dict({**model.state_dict(), "encoder.pos_embed": table})
+    got = model(images, masks).metrics["neighbours_by_position"]
+    _, chosen = model.targets(images)
+    want = shared_with(chosen, choose_neighbours(table, GRID, Neighbourhood()))
+    assert torch.equal(got, want) and not torch.equal(got, first)
+
+
+def test_what_is_remembered_compiles() -> None:
+    model, (images, _) = make(), batch()
+    patches = torch.randn(2, 42, WIDTH)
+
+    def read() -> tuple[torch.Tensor, int]:
+        return model.by_position(choose_neighbours(patches, GRID, Neighbourhood()), images), model.steps_done
+
+    torch._dynamo.reset()
+    compiled = torch.compile(read, backend="eager")
+    for step in range(3):
+        got, want = compiled(), read()
+        assert torch.equal(got[0], want[0]) and got[1] == want[1] == step
+        model.update_target()
 
 
 def test_rectangular_and_other_sizes_resample_positions() -> None:

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_plugins.core.multiblock import Masks, MultiBlock, draw_masks
+from jepa_plugins.core import multiblock
+from jepa_plugins.core.multiblock import TRIES, Masks, MultiBlock, Places, draw_masks
+from jepa_plugins.core.random import keyed_uniform, sample_keys
 
 SHAPES = st.tuples(st.integers(6, 20), st.integers(6, 20))
 
@@ -89,6 +91,56 @@ DRAWN = [
 def test_the_same_masks_as_ever(options, shape, seed, images, want) -> None:
     index = torch.arange(images) + 5 * images
     assert digest(draw_masks(MultiBlock(**options), shape, seed, index, 5 * images)) == want
+
+
+def contexts_one_try_at_a_time(
+    method: MultiBlock, shape: tuple[int, int], seed: int, index
+) -> list[list[int]]:
+    """As the sampler is defined: try `a` of an image takes the a-th pair of its key's numbers."""
+    draws = keyed_uniform(sample_keys(seed, torch.tensor([int(index[0])]), "block sizes"), (2,))[0].tolist()
+    target = method.block_size(draws[0], shape, method.target_scale, method.target_aspect)
+    places = Places(target, shape, method.grid)
+    context = Places(method.block_size(draws[1], shape, method.context_scale, (1.0, 1.0)), shape, method.grid)
+    where = places.at(keyed_uniform(sample_keys(seed, index, "target places"), (method.targets, 2)))
+    found = []
+    for blocks, key in zip(places.cells[where], sample_keys(seed, index, "context places"), strict=True):
+        for attempt in range(TRIES * (method.targets + 1)):
+            uniforms = keyed_uniform(key[None], (attempt + 1, 2))[0, -1]
+            kept = context.cells[context.at(uniforms)] & ~blocks[: method.targets - attempt // TRIES].any(0)
+            if int(kept.sum()) > method.min_keep:
+                break
+        found.append(kept.nonzero().flatten().tolist())
+    fewest = min(map(len, found))
+    return [cells[:fewest] for cells in found]
+
+
+@given(
+    st.tuples(st.integers(5, 9), st.integers(5, 9)),
+    st.integers(0, 1000),
+    st.sampled_from(["ijepa", "full_grid"]),
+    st.integers(1, 12),
+    st.integers(0, 14),
+)
+@settings(max_examples=30, deadline=None)
+def test_places_tried_again_take_the_numbers_in_turn(shape, seed, grid, targets, min_keep) -> None:
+    method = MultiBlock(grid=grid, targets=targets, min_keep=min_keep, target_scale=(0.3, 0.4))
+    index = torch.arange(6) + 6 * seed
+    want = contexts_one_try_at_a_time(method, shape, seed, index)
+    assert draw_masks(method, shape, seed, index, int(index[0])).context.tolist() == want
+
+
+def test_very_many_targets_draw_no_number_twice(monkeypatch) -> None:
+    drawn = []
+
+    def counted(keys, shape, *start):
+        drawn.append(len(keys) * shape[0])
+        return keyed_uniform(keys, shape, *start)
+
+    monkeypatch.setattr(multiblock, "keyed_uniform", counted)
+    draw_masks(MultiBlock(targets=100), (14, 14), 0, torch.arange(2), 0)
+    sizes, places, *tries = drawn
+    assert sizes == 2 and places == 2 * 100
+    assert 2 * TRIES * 50 < sum(tries) <= 2 * TRIES * 101  # most targets have to overlap the context
 
 
 def test_small_grids_let_targets_overlap_the_context_rather_than_fail() -> None:

@@ -10,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jepa_plugins.core.neighbours import (
     Neighbourhood,
     Neighbours,
+    candidate_table,
     choose_neighbours,
     pick_neighbours,
     shared_with,
 )
+from jepa_plugins.core.vit import VisionTransformer, relative_index
 
 
 def candidates(row: int, column: int, grid, how: Neighbourhood) -> set[int]:
@@ -124,3 +126,27 @@ def test_grids_that_are_too_small() -> None:
         choose_neighbours(torch.randn(1, 8, 4), (4, 2), Neighbourhood())
     with pytest.raises(ValueError, match="k is 4, but a patch has 3 candidates"):
         choose_neighbours(torch.randn(1, 4, 4), (2, 2), Neighbourhood(window=0))
+
+
+def test_tables_are_made_once_a_device() -> None:
+    arguments = ((6, 7), 3, False, "shift")
+    cpu, meta = (candidate_table(*arguments, torch.device(name)) for name in ("cpu", "meta"))
+    assert candidate_table(*arguments, torch.device("cpu")) is cpu
+    assert candidate_table(*arguments, torch.device("meta")) is meta
+    assert cpu[0].device.type == "cpu" and meta[0].device.type == meta[1].device.type == "meta"
+    index = relative_index((6, 7), 1, torch.device("meta"))
+    assert relative_index((6, 7), 1, torch.device("meta")) is index and index.device.type == "meta"
+
+
+def test_tables_of_an_evaluation_serve_a_training() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer((48, 56), 8, width=8, depth=1, heads=2, rel_pos_bias=True)
+    candidate_table.cache_clear()
+    relative_index.cache_clear()
+    images = torch.randn(1, 3, 48, 56)
+    with torch.inference_mode():
+        choose_neighbours(model(images), (6, 7), Neighbourhood())
+    model(images).square().sum().backward()
+    table, _ = candidate_table((6, 7), 3, False, "shift", torch.device("cpu"))
+    assert not table.is_inference()
+    assert bool(model.blocks[0].attn.relative_position_bias_table.grad.isfinite().all())

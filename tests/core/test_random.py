@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_plugins.core.random import keyed_normal, keyed_uniform, sample_keys
+from jepa_plugins.core.random import iteration_seed, keyed_normal, keyed_uniform, sample_keys
 
 SAMPLES = torch.arange(16)
 # Regression pins of seed 7, stream "noise", samples 0, 1 and 1,000,000,000.
@@ -122,7 +122,23 @@ def test_hash_is_splitmix64() -> None:
                     assert float(drawn[i, a, b, c]) == (bits >> 40) / 2**24
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 3, 4), (1 << 20,)])
-def test_shapes_that_do_not_fit_the_counter_are_refused(shape) -> None:
+@given(shape=shapes(), start=st.integers(0, 300))
+@settings(max_examples=25, deadline=None)
+def test_a_draw_from_a_start_on_is_the_end_of_the_longer_one(shape, start) -> None:
+    keys = sample_keys(5, SAMPLES[:3], "tiles")
+    longer = keyed_uniform(keys, (start + shape[0], *shape[1:]))
+    assert torch.equal(keyed_uniform(keys, shape, start), longer[:, start:])
+
+
+@pytest.mark.parametrize(
+    ("shape", "start"), [((1, 2, 3, 4), 0), ((1 << 20,), 0), ((2, 1), (1 << 20) - 2), ((1, 1 << 20), 3)]
+)
+def test_shapes_that_do_not_fit_the_counter_are_refused(shape, start) -> None:
     with pytest.raises(ValueError, match="up to three axes"):
-        keyed_uniform(sample_keys(0, SAMPLES[:1], "x"), shape)
+        keyed_uniform(sample_keys(0, SAMPLES[:1], "x"), shape, start)
+
+
+def test_seeds_of_iterations_differ_and_stay() -> None:
+    seeds = {iteration_seed(seed, step, rank) for seed in (0, 1) for step in range(100) for rank in range(8)}
+    assert len(seeds) == 1600 and all(0 <= seed < 2**31 for seed in seeds)
+    assert iteration_seed(7, 1000, 3) == 1714800445  # as runs so far were seeded

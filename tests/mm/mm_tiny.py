@@ -83,6 +83,8 @@ def tiny_config(source: Path, work_dir: Path, name: str = "dmt_jepa", **changes:
                 {"type": "WarmupCosineLR", "start": 1e-4, "final": 1e-6, "warmup_steps": 2},
                 {"type": "RisingWeightDecay", "final": 0.4},
             ],
+            "default_hooks.held_out.source": None,
+            "default_hooks.held_out.pipeline": [{"type": "KeyedResizedCrop", "size": 32}],
             "default_hooks.logger.interval": 1,
             "default_hooks.checkpoint.interval": 2,
             "default_hooks.checkpoint.max_keep_ckpts": -1,
@@ -107,7 +109,12 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+def log_lines(work_dir: Path) -> list[dict[str, float]]:
+    """What each iteration logged, of the newest log in a folder."""
+    newest = sorted(work_dir.glob("*/vis_data/scalars.json"))[-1]
+    return [json.loads(line) for line in newest.read_text().splitlines()]
+
+
 def logged(work_dir: Path, key: str) -> list[float]:
     """A logged value by iteration, of the newest log in a folder."""
-    newest = sorted(work_dir.glob("*/vis_data/scalars.json"))[-1]
-    return [json.loads(line)[key] for line in newest.read_text().splitlines()]
+    return [line[key] for line in log_lines(work_dir)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from mm_tiny import REPOSITORY, logged, tiny_config, weights, write_images
+
+from jepa_plugins.config_files import list_configs
 
 OURS = REPOSITORY / "tools" / "train.py"
 
@@ -95,13 +98,35 @@ def test_errors_are_one_sentence(
     assert str(stopped.value).startswith(f"error: {sentence}") and "\n" not in str(stopped.value)
 
 
+def test_each_configuration_has_a_work_folder_of_its_own(tmp_path: Path) -> None:
+    import train  # tools/train.py
+
+    names = [name for name in list_configs() if name.startswith("mmseg/") and "/_base_/" not in name]
+    parse = train.build_parser().parse_args
+    folders = [train.configuration(parse([f"configs/{name}"])).work_dir for name in names]
+    assert len(set(folders)) == len(names) > 40
+    at = dict(zip(names, folders, strict=True))
+    assert at["mmseg/dmt_jepa/vit_base16.py"] == os.path.join("work_dirs", "dmt_jepa", "vit_base16")
+    assert at["mmseg/ijepa/released/vit_base16.py"] == os.path.join("work_dirs", "ijepa/released/vit_base16")
+    mine = tmp_path / "dmt_jepa" / "mine.v2.py"
+    mine.parent.mkdir()
+    mine.write_text("a = 1\n")
+    assert train.configuration(parse([str(mine)])).work_dir == os.path.join("work_dirs", "mine.v2")
+
+
+def test_an_evaluation_has_the_trainings_work_folder() -> None:
+    tool = runpy.run_path(str(REPOSITORY / "tools" / "test.py"))
+    args = tool["build_parser"]().parse_args(["mmseg/quick/upernet.py", "iter_300.pth"])
+    assert tool["configuration"](args).work_dir == os.path.join("work_dirs", "quick", "upernet")
+
+
 def test_options_reach_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import train  # tools/train.py
 
     args = ["mmseg/quick/dmt_jepa.py", "--amp", "--resume", "--cfg-options", "train_cfg.steps=7"]
     cfg = train.configuration(train.build_parser().parse_args(args))
     assert cfg.optim_wrapper.dtype == "bfloat16" and cfg.resume and cfg.train_cfg.steps == 7
-    assert cfg.work_dir == os.path.join("work_dirs", "dmt_jepa")
+    assert cfg.work_dir == os.path.join("work_dirs", "quick", "dmt_jepa")
     cfg.optim_wrapper = {"type": "OptimWrapper"}
     train.use_mixed_precision(cfg)
     assert json.loads(json.dumps(cfg.optim_wrapper.to_dict())) == {

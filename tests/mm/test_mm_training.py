@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mm_tiny import logged, tiny_config, train, weights, write_images
+from mm_tiny import QUICK, log_lines, logged, tiny_config, train, weights, write_images
+from mmengine.config import Config
 from mmengine.runner import Runner
 
 from jepa_plugins.core.checkpoints import CheckpointError, read_checkpoint
 from jepa_plugins.core.images import ImageError
 from jepa_plugins.core.schedules import warmup_cosine
+from jepa_plugins.mm import loops
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +36,49 @@ def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Layers that draw by themselves; the first block never drops its path.
+DROPS = {"model__drop_path": 0.5, "model__arch": {"width": 24, "depth": 2, "heads": 2}}
+# The batch of four in two iterations.
+IN_TWO = {"optim_wrapper__accumulative_counts": 2, "train_dataloader__batch_size": 2}
+
+
 @pytest.mark.parametrize("at", [2, 4])
-def test_resume_is_exact(source: Path, finished: Path, tmp_path: Path, at: int) -> None:
-    shutil.copy(finished / f"iter_{at}.pth", tmp_path)
-    (tmp_path / "last_checkpoint").write_text(str(tmp_path / f"iter_{at}.pth"))
-    train(tiny_config(source, tmp_path, resume=True, randomness__seed=0))
-    assert same(weights(tmp_path / "iter_6.pth"), weights(finished / "iter_6.pth"))
+@pytest.mark.parametrize(("changes", "parts"), [({}, 1), (DROPS, 1), ({**DROPS, **IN_TWO}, 2)])
+def test_resume_is_exact(
+    source: Path, finished: Path, tmp_path: Path, changes: dict[str, Any], parts: int, at: int
+) -> None:
+    whole, rest = finished, tmp_path / "rest"
+    if changes:
+        train(tiny_config(source, whole := tmp_path / "whole", **changes))
+    rest.mkdir()
+    shutil.copy(whole / f"iter_{at * parts}.pth", rest)
+    (rest / "last_checkpoint").write_text(str(rest / f"iter_{at * parts}.pth"))
+    train(tiny_config(source, rest, resume=True, randomness__seed=0, **changes))
+    last = f"iter_{6 * parts}.pth"
+    assert same(weights(rest / last), weights(whole / last))
     for key in ("loss", "lr", "grad_norm", "ema_momentum"):
-        assert logged(tmp_path, key) == logged(finished, key)[at:]
+        # an iteration that does not step logs no norm of its own
+        got, want = ([line.get(key) for line in log_lines(folder)] for folder in (rest, whole))
+        assert got == want[at * parts :]
+
+
+def test_each_iteration_and_process_draws_its_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[float]] = {0: [], 1: []}
+    for rank, values in seen.items():
+        cfg = tiny_config(source, tmp_path, train_cfg__steps=3, **IN_TWO)
+        runner = Runner.from_cfg(cfg)
+        monkeypatch.setattr(loops, "get_rank", lambda rank=rank: rank)
+        forward = runner.model.forward
+
+        def recording(*args: Any, forward: Any = forward, values: Any = values, **kwargs: Any) -> Any:
+            values.append(float(torch.rand(())))
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(runner.model, "forward", recording)
+        runner.train()
+    assert len({*seen[0], *seen[1]}) == 2 * 6
 
 
 def test_resume_reads_no_image_that_it_skips(
@@ -123,9 +160,7 @@ def test_without_the_hook_one_sentence(source: Path, tmp_path: Path) -> None:
 
 def test_checkpoints_are_plain_and_complete(finished: Path) -> None:
     content = read_checkpoint(finished / "iter_6.pth")  # weights only
-    assert {"meta", "state_dict", "optimizer", "param_schedulers", "message_hub", "random_state"} == set(
-        content
-    )
+    assert {"meta", "state_dict", "optimizer", "param_schedulers", "message_hub"} == set(content)
     assert int(content["state_dict"]["step"]) == 6 and content["meta"]["iter"] == 6
     assert (finished / "last_checkpoint").read_text().endswith("iter_6.pth")
 
@@ -280,29 +315,44 @@ def test_a_new_run_from_weights_counts_its_own_steps(source: Path, finished: Pat
 def test_held_out_images_are_measured_and_change_nothing(
     source: Path, finished: Path, more: Path, tmp_path: Path
 ) -> None:
-    cfg = tiny_config(source, tmp_path)
-    pipeline = [{"type": "KeyedResizedCrop", "size": 32}]
-    cfg.custom_hooks.append(
-        {
-            "type": "HeldOutHook",
-            "source": str(more),
-            "pipeline": pipeline,
-            "interval": 2,
-            "images": 12,
-            "batch_size": 5,
-        }
-    )
+    held_out = {"source": str(more), "interval": 2, "images": 12, "batch_size": 5}
+    options = {f"default_hooks__held_out__{name}": value for name, value in held_out.items()}
+    cfg = tiny_config(source, tmp_path, **options)
     runner = train(cfg)
     assert same(weights(tmp_path / "iter_6.pth"), weights(finished / "iter_6.pth"))
     hook = next(hook for hook in runner.hooks if type(hook).__name__ == "HeldOutHook")
-    last = hook.measure(runner.model)
+    last = hook.measure(runner.model, hook.dataset)
     for name, value in last.items():
         assert runner.message_hub.get_scalar(f"train/held_out_{name}").current() == pytest.approx(value)
     assert len(runner.message_hub.get_scalar("train/held_out_explained_variance").data[0]) == 3
     assert last["explained_variance"] < 1 and last["target_variance"] > 0
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "list.txt").write_text("broken.png")
-    hook.dataset = type(hook.dataset)(str(tmp_path / "list.txt"), pipeline)
     hook.count = 1
     with pytest.raises(ImageError, match="cannot be read"):
-        hook.measure(runner.model)
+        hook.measure(runner.model, type(hook.dataset)(str(tmp_path / "list.txt"), []))
+
+
+def test_held_out_images_are_read_as_those_that_train(source: Path, more: Path, tmp_path: Path) -> None:
+    options = {"train_dataloader__dataset__image_format": "BGR", "default_hooks__held_out__source": str(more)}
+    runner = train(tiny_config(source, tmp_path, train_cfg__steps=3, **options))
+    hook = next(hook for hook in runner.hooks if type(hook).__name__ == "HeldOutHook")
+    assert hook.dataset.image_format == "BGR"
+
+
+@pytest.mark.parametrize("name", ["dmt_jepa", "dmt_jepa_parameter_free", "dmt_jepa_released", "ijepa"])
+def test_the_quick_configurations_hold_images_out(name: str, tmp_path: Path) -> None:
+    held_out = Config.fromfile(QUICK / f"{name}.py").default_hooks.held_out
+    crop = held_out.pipeline[0]
+    assert held_out.type == "HeldOutHook" and crop.size == 80
+    assert held_out.source == "datasets/synthetic/val2017" and held_out.interval <= 100
+    sentence = r"^default_hooks.held_out.source \(None measures nothing\): '.*none' does not exist: give"
+    with pytest.raises(FileNotFoundError, match=sentence):
+        Runner.from_cfg(
+            tiny_config(
+                write_images(tmp_path / "images", 4),
+                tmp_path,
+                name,
+                default_hooks__held_out__source=str(tmp_path / "none"),
+            )
+        )

@@ -118,6 +118,20 @@ def test_probes_of_files_and_of_logs(tmp_path: Path) -> None:
     assert probes.curves["third", "target"] == {0: 1.0} and probes.floors["pixels_position"] == 9.0
 
 
+def test_probed_runs_of_one_name_stay_apart(tmp_path: Path) -> None:
+    files = []
+    for method, value in (("dmt_jepa", 30.0), ("ijepa", 28.0)):
+        row = {"linear_mIoU": value, "run": "vit", "step": 9, "encoder": "target"}
+        row["file"] = f"work_dirs/{method}/vit/iter_9.pth"
+        content = {"vit/iter_9": row, "protocol": {"config": f"{method}.py", "size": [80, 80]}}
+        files.append(tmp_path / f"{method}.json")
+        files[-1].write_text(json.dumps(content))
+    probes = curves.read_probes([str(file) for file in files], "linear_mIoU")
+    names = curves.run_names(["work_dirs/dmt_jepa/vit/", "work_dirs/ijepa/vit"])
+    assert probes.curves == {(names[0], "target"): {9: 30.0}, (names[1], "target"): {9: 28.0}}
+    assert list(curves.read_probes([str(files[0])], "linear_mIoU").curves) == [("vit", "target")]
+
+
 # --- table and picture
 
 
@@ -165,6 +179,33 @@ def test_the_whole_command(tool, mm_run: Path, d2_run: Path, tmp_path: Path, mon
     assert legend == ["mm", "d2", "elsewhere"]
     colours = {axis.lines[1].get_color() for axis in figure.axes[:4]}
     assert len(colours) == 1
+
+
+def test_held_out_images_have_panels_where_a_run_logged_them(tool, tmp_path: Path, monkeypatch) -> None:
+    kept = []
+    monkeypatch.setattr(curves.plt, "close", kept.append)
+    beyond, overall = "explained_variance_beyond_position", "explained_variance"
+    measured = [
+        {f"held_out_{beyond}": -9.0 + 3 * (i // 100), f"held_out_{overall}": i / 400} for i in range(401)
+    ]
+    write_log(tmp_path / "mm/1/vis_data/scalars.json", (entry(i, **measured[i]) for i in range(100, 401, 20)))
+    lines = [{"iteration": i, "total_loss": 1.0} for i in range(0, 200, 20)]
+    write_log(tmp_path / "d2/metrics.json", [*lines, {"iteration": 199, f"held_out/{beyond}": 0.25}])
+    text = tool(tmp_path / "mm", tmp_path / "d2", "--out", tmp_path / "c.png")
+    (figure,) = kept
+    shown = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert list(shown)[:4] == [m.title for m in curves.MEASURES]
+    assert list(shown)[4:] == ["held out: explained variance", "held out: explained beyond position"]
+    axis = shown["held out: explained beyond position"]
+    drawn = [
+        dict(zip(*(map(float, values) for values in line.get_data()), strict=True)) for line in axis.lines
+    ]
+    assert drawn == [{100: -6, 200: -3, 300: 0, 400: 3}, {199: 0.25}]  # without the repetitions between
+    assert axis.get_ylim()[0] == -1
+    assert (
+        len(figure.axes) == 9 and not figure.axes[8].axison
+    )  # four, two, the probes' and the legend; one empty
+    assert [line.split("  ")[0] for line in text.splitlines() if "beyond position" in line] == ["mm", "d2"]
 
 
 def test_without_probes_and_with_equal_names(tool, mm_run: Path, tmp_path: Path) -> None:

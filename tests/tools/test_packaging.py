@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from jepa_plugins.config_files import SUFFIXES, config_root, find_config, list_configs
+from jepa_plugins.config_files import (
+    SUFFIXES,
+    config_root,
+    default_work_dir,
+    find_config,
+    list_configs,
+)
 
 COPIED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "jepa_plugins", "configs")
 
@@ -85,6 +91,18 @@ def test_names_resolve_with_and_without_the_leading_folder(tmp_path: Path, monke
     own = tmp_path / "own.yaml"
     own.write_text("VERSION: 2\n")
     assert find_config(own) == str(own)
+
+
+def test_a_work_folder_is_named_like_its_config(tmp_path: Path, monkeypatch) -> None:
+    name = next(name for name in list_configs() if name.count("/") > 2)
+    want = str(Path("work_dirs", *Path(name).with_suffix("").parts[1:]))
+    assert default_work_dir(name) == default_work_dir(config_root() / name) == want
+    monkeypatch.chdir(config_root().parent)
+    assert default_work_dir(f"configs/{name}") == default_work_dir(f"./configs/{name}") == want
+    own = tmp_path / "folder" / "own.yaml"
+    own.parent.mkdir()
+    own.write_text("VERSION: 2\n")
+    assert default_work_dir(own) == str(Path("work_dirs", "own"))
 
 
 def test_a_missing_config_is_named_with_close_matches() -> None:

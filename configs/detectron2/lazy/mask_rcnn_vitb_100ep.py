@@ -1,7 +1,8 @@
 """Mask R-CNN ViT-B on COCO, 100 epochs at batch 64: twin of detectron2/mask_rcnn/vitb_100ep.yaml.
 
-The ViT starts from a pre-training checkpoint: train.init_checkpoint=work_dirs/vit_base16/iter_375600.pth (its target
-encoder is taken). The paper tests at a short side of 800: dataloader.test.min_size=800 dataloader.test.max_size=1333
+The ViT starts from a pre-training checkpoint, whose target encoder is taken:
+train.init_checkpoint=work_dirs/dmt_jepa/vit_base16/iter_375600.pth.
+The paper tests at a short side of 800: dataloader.test.min_size=800 dataloader.test.max_size=1333
 """
 
 from detectron2.config import LazyCall as L

@@ -29,5 +29,16 @@ param_scheduler = [
     dict(type="WarmupCosineLR", start=5e-5, final=1e-6, warmup_steps=60),
     dict(type="RisingWeightDecay", final=0.4, shape="linear"),
 ]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=100, max_keep_ckpts=2))
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(interval=100, max_keep_ckpts=2),
+    # images that do not train; those of your own data, or None
+    held_out=dict(
+        type="HeldOutHook",
+        source="datasets/synthetic/val2017",
+        pipeline=[dict(type="KeyedResizedCrop", size=80, scale=(0.2, 1.0), flip=0.5)],
+        interval=100,
+        images=100,
+    ),
+)
 log_processor = dict(window_size=10)

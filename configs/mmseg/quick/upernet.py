@@ -11,7 +11,7 @@ model = dict(
         patch_size=8,
         out_indices=(1, 2, 3, 5),
         drop_path=0.1,
-        init_cfg=dict(type="Pretrained", checkpoint="work_dirs/dmt_jepa/iter_600.pth"),
+        init_cfg=dict(type="Pretrained", checkpoint="work_dirs/quick/dmt_jepa/iter_600.pth"),
     ),
     neck=dict(embed_dim=192, rescales=[2, 1, 0.5, 0.25], norm_cfg=norm_cfg),  # strides 4 to 32
     decode_head=dict(in_channels=[192] * 4, channels=64, num_classes=12, norm_cfg=norm_cfg),

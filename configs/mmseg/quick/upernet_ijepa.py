@@ -1,3 +1,3 @@
 _base_ = "./upernet.py"
 
-model = dict(backbone=dict(init_cfg=dict(checkpoint="work_dirs/ijepa/iter_600.pth")))
+model = dict(backbone=dict(init_cfg=dict(checkpoint="work_dirs/quick/ijepa/iter_600.pth")))
