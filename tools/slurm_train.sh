@@ -19,14 +19,16 @@ usage "$0" 2 $#
 config=$1 out=$2
 shift 2
 
-sbatch=()
+sbatch=() seeds=()
+fill_seeds "${SEEDS:-}"
+check_number GRACE "${GRACE:-120}" 1
+check_number MAX_REQUEUES "${MAX_REQUEUES:-100}" 0
 fill_words --out "$out" train "$config" "$@"  # a mistake shows now, not when the job starts
 fill_sbatch "$out" "$(basename "${config%.*}")"
 sbatch+=("--signal=B:USR1@${GRACE:-120}")
-read -r -a seeds <<< "${SEEDS:-}"
 if (( ${#seeds[@]} > 0 )); then
     sbatch+=("--array=0-$(( ${#seeds[@]} - 1 ))" "--output=$out/slurm-%A_%a.out")
 else
     sbatch+=("--output=$out/slurm-%j.out")
 fi
-exec "${sbatch[@]}" "$tools/shell/slurm_job.sh" "$tools" "$out" "${SEEDS:-}" --resume train "$config" "$@"
+exec "${sbatch[@]}" "$tools/shell/slurm_job.sh" "$tools" "$out" "${seeds[*]-}" --resume train "$config" "$@"

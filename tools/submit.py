@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # For the tool beside this one.
 
-import cloudpickle  # noqa: E402  comes with submitit
-import submitit  # noqa: E402
+try:
+    import cloudpickle  # comes with submitit
+    import submitit
+except ImportError as missing:
+    SENTENCE = (
+        f"tools/submit.py needs submitit ({missing}): pip install submitit, or submit with tools/slurm_train.sh "
+        "and tools/slurm_test.sh, which need Slurm alone"
+    )
+    if __name__ == "__main__":
+        sys.exit(f"error: {SENTENCE}")
+    raise ImportError(SENTENCE) from None
 from command import test_command, train_command  # noqa: E402
 
 from jepa_plugins.core.cli import one_sentence  # noqa: E402
@@ -88,6 +98,10 @@ def jobs_of(
     config: str, out: Path, args: Sequence[str], checkpoint: str | None, seeds: Sequence[int]
 ) -> list[Job]:
     """A training for each seed, or an evaluation; arguments and errors as of `submit`."""
+    if again := sorted({seed for seed in seeds if list(seeds).count(seed) > 1}):
+        raise ValueError(
+            f"seed {again[0]} is given twice, and two jobs cannot share a folder: give each seed once"
+        )
     if checkpoint is not None:
         if seeds:
             raise ValueError("an evaluation has no seeds: leave out --seeds or --test")
@@ -128,8 +142,14 @@ def submit(
         submitit's jobs; `job.results()` waits for all processes of one.
 
     Raises:
-        ValueError, FileNotFoundError: one sentence for a configuration that is none, or seeds of an evaluation.
+        ValueError, FileNotFoundError: one sentence for a configuration that is none, seeds of an evaluation or twice
+            the same, or a cluster that this machine does not belong to.
     """
+    if cluster == "slurm" and shutil.which("srun") is None:
+        raise ValueError(
+            "cluster slurm, but srun is not on the PATH: submit on a machine of the cluster, or to processes of this "
+            "machine with --cluster local"
+        )
     jobs = jobs_of(config, Path(out).absolute(), args, checkpoint, seeds)
     executor = submitit.AutoExecutor(
         Path(out).absolute() / "submitit", cluster=cluster, slurm_max_num_timeout=MOST_REQUEUES

@@ -2,7 +2,8 @@
 """Pre-train DMT-JEPA or I-JEPA, or train any mmengine configuration, in mmsegmentation's command-line style.
 
 python tools/train.py mmseg/quick/dmt_jepa.py  # into work_dirs/quick/dmt_jepa
-python tools/train.py mmseg/dmt_jepa/vit_base16.py --cfg-options train_dataloader.dataset.source=imagenet/train
+python tools/train.py mmseg/dmt_jepa/vit_base16.py --cfg-options train_dataloader.dataset.source=imagenet/train \\
+    optim_wrapper.accumulative_counts=8
 torchrun --nproc-per-node 8 tools/train.py mmseg/dmt_jepa/vit_base16.py
 srun --ntasks-per-node 8 --gpus-per-node 8 python tools/train.py mmseg/dmt_jepa/vit_base16.py
 python tools/train.py ... --resume

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -58,8 +59,22 @@ def check_own(args: argparse.Namespace) -> None:
         raise ValueError(
             "--num-machines needs --dist-url tcp://HOST:PORT, of the machine with --machine-rank 0"
         )
+    if args.dist_url != "auto" and not is_address(args.dist_url):
+        raise ValueError(
+            f"--dist-url {args.dist_url} is no address: give tcp://HOST:PORT, of the machine with --machine-rank 0"
+        )
     if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
         raise ValueError(f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}")
+
+
+def is_address(url: str) -> bool:
+    """Whether processes can find each other by it: tcp://HOST:PORT, file:///PATH or env://."""
+    try:
+        parts = urlsplit(url)
+        known = {"tcp": parts.hostname and parts.port, "file": parts.path, "env": True}
+    except ValueError:  # a port that is none
+        return False
+    return bool(known.get(parts.scheme))
 
 
 def own_processes(main: Main, args: argparse.Namespace) -> None:
@@ -69,8 +84,13 @@ def own_processes(main: Main, args: argparse.Namespace) -> None:
     url = f"tcp://{LOOPBACK}:{free_port()}" if args.dist_url == "auto" else args.dist_url
     try:
         torch.multiprocessing.spawn(_spawned, args=(main, args, url), nprocs=args.num_gpus)
-    except torch.multiprocessing.ProcessExitedException as error:  # a process that has said why
-        sys.exit(error.exit_code)
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.exit_code < 0:
+            sys.exit(
+                f"error: process {error.error_index} of this machine was ended by {error.signal_name} before it "
+                "could say why: where that is memory running out, take fewer processes or smaller batches"
+            )
+        sys.exit(error.exit_code)  # it has said why
 
 
 def _spawned(local_rank: int, main: Main, args: argparse.Namespace, url: str) -> None:

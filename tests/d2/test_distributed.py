@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -71,11 +74,50 @@ def test_one_task_of_slurm_may_start_its_own_processes(monkeypatch: pytest.Monke
         (("--num-gpus", "0"), "make no sense: machines are numbered from 0"),
         (("--num-machines", "2", "--machine-rank", "2"), "--machine-rank 2 make no sense"),
         (("--num-machines", "2"), "--num-machines needs --dist-url tcp://HOST:PORT"),
+        (
+            ("--dist-url", "nonsense"),
+            "--dist-url nonsense is no address: give tcp://HOST:PORT, of the machine",
+        ),
+        (("--dist-url", "tcp://host"), "--dist-url tcp://host is no address"),
+        (("--dist-url", "tcp://host:99999"), "--dist-url tcp://host:99999 is no address"),
+        (("--dist-url", "http://host:1"), "--dist-url http://host:1 is no address"),
     ],
 )
 def test_options_that_make_no_sense(words: tuple[str, ...], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         distributed.find(options(*words))
+
+
+@pytest.mark.parametrize("url", ["tcp://host:1", "tcp://[::1]:1", "file:///a/b", "env://", "auto"])
+def test_addresses(url: str) -> None:
+    assert distributed.find(options("--num-gpus", "2", "--dist-url", url)) is None
+
+
+def _end_second(how: int) -> None:
+    """The end of the second process, by a signal or an exit code; the first waits for it."""
+    if comm.get_rank() == 1 and how < 0:
+        os.kill(os.getpid(), -how)
+    if comm.get_rank() == 1:
+        raise SystemExit(how)
+
+
+@pytest.mark.parametrize(
+    ("how", "end"),
+    [
+        (
+            -signal.SIGKILL,
+            "error: process 1 of this machine was ended by SIGKILL before it could say why: where",
+        ),
+        (3, 3),  # it has said why
+    ],
+)
+def test_a_process_that_a_signal_ends_is_one_sentence(monkeypatch, how: int, end: object) -> None:
+    fork = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", fork)
+    with pytest.raises(SystemExit) as stop:
+        distributed.run(lambda args: _end_second(how), options("--num-gpus", "2"))
+    code = stop.value.code
+    assert code == end if isinstance(end, int) else code.startswith(end) and "\n" not in code
 
 
 def test_one_process_runs_here() -> None:

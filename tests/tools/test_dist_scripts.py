@@ -114,3 +114,24 @@ def test_what_torchrun_is_asked_for(tmp_path: Path) -> None:
     assert script(*arguments, **words, **nodes).stdout == several
     lost = script(*arguments, **words, NNODES=2)
     assert lost.returncode == 1 and "error: NNODES=2 needs MASTER_ADDR" in lost.stderr
+
+
+@pytest.mark.parametrize(
+    ("count", "variables", "sentence"),
+    [
+        ("two", {}, "error: GPUS is 'two': give a whole number, 1 or more\n"),
+        ("0", {}, "error: GPUS is '0': give a whole number, 1 or more\n"),
+        ("1", {"NNODES": "two"}, "error: NNODES is 'two': give a whole number, 1 or more\n"),
+        ("1", {"PORT": "http"}, "error: PORT is 'http': give a whole number, 1 or more\n"),
+        (
+            "1",
+            {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "first"},
+            "error: NODE_RANK=2 of NNODES=2: machines are numbered from 0\n",
+        ),
+    ],
+)
+@pytest.mark.parametrize("words", [("dist_train.sh", "CONFIG"), ("dist_test.sh", "CONFIG", "a.pth")])
+def test_numbers_that_are_none(words, count, variables, sentence) -> None:
+    name, *rest = ["mmseg/quick/upernet.py" if word == "CONFIG" else word for word in words]
+    done = script(name, *rest, count, **variables)
+    assert done.returncode == 1 and done.stderr == sentence

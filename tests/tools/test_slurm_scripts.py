@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,48 @@ def test_a_mistake_shows_when_submitting(programs, tmp_path, arguments, code, se
     assert not (programs / "submitted.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        (
+            {"SEEDS": "0,1,2"},
+            "SEEDS holds '0,1,2': give whole numbers with blanks between them, such as SEEDS=",
+        ),
+        ({"SEEDS": "0 a b"}, "SEEDS holds 'a': give whole numbers with blanks between them"),
+        ({"SEEDS": "1 01"}, "SEEDS holds '01': give whole numbers"),
+        ({"SEEDS": "0 3 0"}, "SEEDS holds 0 twice, and two jobs cannot share a folder: give each seed once"),
+        ({"NODES": "two"}, "NODES is 'two': give a whole number, 1 or more"),
+        ({"NODES": "0"}, "NODES is '0': give a whole number, 1 or more"),
+        ({"GPUS_PER_NODE": "x"}, "GPUS_PER_NODE is 'x': give a whole number, 0 or more"),
+        ({"TASKS_PER_NODE": "0"}, "TASKS_PER_NODE is '0': give a whole number, 1 or more"),
+        ({"CPUS_PER_TASK": "1.5"}, "CPUS_PER_TASK is '1.5': give a whole number, 1 or more"),
+        ({"GRACE": "2m"}, "GRACE is '2m': give a whole number, 1 or more"),
+        ({"MAX_REQUEUES": "-1"}, "MAX_REQUEUES is '-1': give a whole number, 0 or more"),
+    ],
+)
+def test_variables_that_make_no_sense(programs, tmp_path, variables, sentence) -> None:
+    done = script("slurm_train.sh", UPERNET, tmp_path / "out", programs=programs, **variables)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {sentence}")
+    assert done.stderr.count("\n") == 1
+    assert not (programs / "submitted.jsonl").exists() and not (tmp_path / "out").exists()
+
+
+def test_an_evaluations_variables_are_checked(programs: Path, tmp_path: Path) -> None:
+    arguments = (UPERNET, "a.pth", tmp_path / "out")
+    done = script("slurm_test.sh", *arguments, programs=programs, GPUS_PER_NODE="all")
+    assert done.returncode == 1 and done.stderr.startswith(
+        "error: GPUS_PER_NODE is 'all': give a whole number"
+    )
+    assert not (programs / "submitted.jsonl").exists()
+
+
+def test_seeds_on_lines_of_their_own(programs: Path, tmp_path: Path) -> None:
+    done = script("slurm_train.sh", UPERNET, tmp_path / "out", programs=programs, SEEDS="\n0 1\n2\n")
+    assert done.returncode == 0, done.stderr
+    options, words = submitted(programs)
+    assert options["array"] == "0-2" and words[3] == "0 1 2"
+
+
 STEPS = 30
 
 
@@ -133,6 +176,45 @@ def test_a_requeued_training_equals_one_that_never_stopped(tmp_path: Path) -> No
         torch.load(where / f"iter_{STEPS}.pth", weights_only=True)["state_dict"] for where in (plain, folder)
     )
     assert want.keys() == found.keys()
+    assert [name for name in want if not torch.equal(want[name], found[name])] == []
+
+
+def detectron2_arguments(folder: Path) -> list[str]:
+    """Of a tiny Mask-JEPA that leaves a checkpoint after every fifth step."""
+    import tiny
+
+    changes = {
+        "DATASETS.UNLABELLED": (tiny.save_pictures(folder),),
+        "SOLVER.MAX_ITER": STEPS,
+        "SOLVER.CHECKPOINT_PERIOD": 5,
+        "MODEL.MASK_JEPA.RANK_PERIOD": 0,
+    }
+    return [str(word) for word in tiny.options(tiny.SMALL, tiny.BACKBONE, tiny.PRETRAIN, changes)]
+
+
+@pytest.mark.slow
+def test_a_requeued_training_of_detectron2_equals_one_that_never_stopped(tmp_path: Path) -> None:
+    pytest.importorskip("detectron2")
+    import jepa_plugins.d2  # noqa: F401  before the processes fork
+
+    programs, out, plain = stand_ins(tmp_path / "bin"), tmp_path / "out of runs", tmp_path / "plain"
+    config, changes = "detectron2/quick/mask_jepa.yaml", detectron2_arguments(tmp_path / "pictures")
+    own = ["OUTPUT_DIR", str(plain), "SEED", "3"]
+    in_processes(2, "train_net.py", ["--config-file", config, *changes, *own], plain)
+    folder = out / "seed_3"
+    variables = {"NODES": 2, "GPUS_PER_NODE": 0, "TASKS_PER_NODE": 1, "SEEDS": "3"}
+    signal = {"SIGNAL_WHEN_THERE": folder / "last_checkpoint", "SRUN_IMPORTS": "jepa_plugins.d2"}
+    done = script("slurm_train.sh", config, out, *changes, programs=programs, **variables, **signal)
+    (log,) = out.glob("slurm-*_0.out")
+    text = log.read_text()
+    assert done.returncode == 0, done.stderr + text[-3000:]
+    assert text.count("requeueing job") == 1 and text.count("$ srun --kill-on-bad-exit=1") == 2
+    starts = re.findall(r"Starting training from iteration (\d+)", (folder / "log.txt").read_text())
+    assert starts[0] == "0" and len(starts) == 2 and int(starts[1]) in range(5, STEPS, 5)
+    want, found = (
+        torch.load(where / "model_final.pth", weights_only=True)["model"] for where in (plain, folder)
+    )
+    assert want.keys() == found.keys() and int(found["step"]) == STEPS
     assert [name for name in want if not torch.equal(want[name], found[name])] == []
 
 

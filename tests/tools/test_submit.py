@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -84,6 +85,29 @@ def test_the_lazy_quotes_are_read_back() -> None:
 def test_seeds_are_for_trainings(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="an evaluation has no seeds"):
         submit.submit("mmseg/quick/upernet.py", tmp_path, checkpoint="a.pth", seeds=[1])
+    with pytest.raises(ValueError, match="seed 4 is given twice, and two jobs cannot share a folder"):
+        submit.submit("mmseg/quick/upernet.py", tmp_path, seeds=[4, 1, 4])
+
+
+def test_without_slurm_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        submit.main(["mmseg/quick/upernet.py", str(tmp_path / "out"), "--cluster", "slurm"])
+    sentence = "error: cluster slurm, but srun is not on the PATH: submit on a machine of the cluster, or to"
+    assert stop.value.code.startswith(sentence) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", [["submitit"], ["submitit", "cloudpickle"]])
+def test_without_submitit_one_sentence(missing: list[str]) -> None:
+    code = "import runpy, sys; sys.modules.update(dict.fromkeys({!r})); {}"
+    for start in (f"runpy.run_path({str(TOOLS / 'submit.py')!r}, run_name='__main__')", "import submit"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(missing, start)], cwd=TOOLS, capture_output=True, text=True
+        )
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 1
+        assert last.split(": ", 1)[1].startswith("tools/submit.py needs submitit (") and "pip install" in last
+        assert len(done.stderr.splitlines()) == 1 or start == "import submit"
 
 
 def test_a_requeued_job_is_the_same_without_its_process() -> None:
