@@ -12,15 +12,16 @@ python tools/reproduce.py report --scale quick
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # A clone works without being installed.
+
+from preparing import DataError, check  # noqa: E402
 
 from jepa_plugins.core.cli import one_sentence  # noqa: E402
 from jepa_plugins.reproduction import report  # noqa: E402
@@ -33,6 +34,7 @@ from jepa_plugins.reproduction.manifest import (  # noqa: E402
     Row,
     load_manifest,
 )
+from jepa_plugins.reproduction.needs import Need, Stock, hours_of, needs_of  # noqa: E402
 from jepa_plugins.reproduction.plan import (  # noqa: E402
     LAUNCHERS,
     Choice,
@@ -40,20 +42,31 @@ from jepa_plugins.reproduction.plan import (  # noqa: E402
     Planner,
     Stage,
     config_hash,
-    hours_of,
-    needs_of,
 )
-from jepa_plugins.reproduction.results import Results, commit_of, write_json  # noqa: E402
-from jepa_plugins.reproduction.runner import Runner  # noqa: E402
+from jepa_plugins.reproduction.results import (  # noqa: E402
+    Results,
+    commit_of,
+    measured_costs,
+    read_costs,
+    read_json,
+    write_json,
+)
+from jepa_plugins.reproduction.runner import Interrupted, Runner  # noqa: E402
 from jepa_plugins.reproduction.state import BUILDS, STATES, States, read_builds  # noqa: E402
 
 
 def rows_named(manifest: Manifest, names: Iterable[str]) -> list[Row]:
-    """Rows by number (20), range (18-23) or table ("MJ T1"), each once, in order."""
+    """Rows by number (20), range (18-23) or table ("MJ T1"), each once, in order.
+
+    Raises:
+        ManifestError: no such row or table, or a range that runs backwards.
+    """
     found: dict[int, Row] = {}
     for name in names:
         first, _, last = name.partition("-")
         if first.isdigit() and (last.isdigit() or not last):
+            if int(last or first) < int(first):
+                raise ManifestError(f"{name} holds no row: write the smaller number first, {last}-{first}")
             chosen = [manifest.row(n) for n in range(int(first), int(last or first) + 1)]
         else:
             chosen = manifest.in_table(name)
@@ -68,8 +81,31 @@ def choice_of(args: argparse.Namespace) -> Choice:
     gpus = args.gpus if args.gpus is not None else _gpus_here() if args.scale == "full" else 0
     launcher = args.launcher or ("torchrun" if args.nodes * max(gpus, 1) > 1 else "plain")
     machine = Machine(args.nodes, gpus, launcher, args.images_per_gpu, args.cpus_per_task)
-    seeds = tuple(range(args.seeds))
-    return Choice(args.out, args.data.absolute(), args.scale, machine, seeds, args.pretraining_seeds)
+    return Choice(
+        args.out,
+        args.data.absolute(),
+        args.scale,
+        machine,
+        tuple(range(args.seeds)),
+        args.pretraining_seeds,
+        weights_of(args.weights),
+        ROOT,
+    )
+
+
+def weights_of(pairs: Iterable[str]) -> dict[str, str]:
+    """Files by names of public weights; paths are the caller's, so they are made absolute.
+
+    Raises:
+        ManifestError: no NAME=FILE.
+    """
+    found = {}
+    for pair in pairs:
+        name, _, file = pair.partition("=")
+        if not name or not file:
+            raise ManifestError(f"--weights takes NAME=FILE, got {pair!r}; 'plan' prints the names")
+        found[name] = file if "://" in file else str(Path(file).expanduser().absolute())
+    return found
 
 
 def _gpus_here() -> int:
@@ -80,9 +116,23 @@ def _gpus_here() -> int:
 
 def run_list(args: argparse.Namespace, manifest: Manifest) -> None:
     """All rows that the filters leave."""
-    states = States(manifest, args.out, ROOT, commit_of(ROOT)).all()
+    states, remarks = all_states(args, manifest)
     filters = {key: getattr(args, key) for key in ("paper", "table", "toolkit", "kind", "state")}
     report.print_list(manifest, states, filters)
+    print_remarks(remarks)
+
+
+def all_states(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[int, str], dict[Path, str]]:
+    """States of all rows, and sentences on files that do not count."""
+    found = States(manifest, args.out, ROOT, commit_of(ROOT))
+    return found.all(), found.remarks
+
+
+def print_remarks(remarks: Mapping[Path, str]) -> None:
+    """Sentences on files, beside what a command prints, which others may read."""
+    sys.stdout.flush()
+    for remark in remarks.values():
+        print(f"note: {remark}", file=sys.stderr)
 
 
 def run_show(args: argparse.Namespace, manifest: Manifest) -> None:
@@ -90,11 +140,14 @@ def run_show(args: argparse.Namespace, manifest: Manifest) -> None:
     states = States(manifest, args.out, ROOT, commit_of(ROOT))
     results = [result for scale in SCALES for result in Results(args.out).load(scale)]
     for row in rows_named(manifest, args.rows):
-        print(report.show_text(manifest, row, states.of(row), results))
+        state = states.of(row)
+        print(report.show_text(manifest, row, state, results, states.checks(row), str(data_root())))
+    print_remarks(states.remarks)
 
 
 def run_plan(args: argparse.Namespace, manifest: Manifest) -> None:
     """The commands, what they need, and what they cost."""
+    costs = _costs(args)
     rows, choice = rows_named(manifest, args.rows), choice_of(args)
     planner = Planner(manifest, choice)
     machine = choice.machine
@@ -105,9 +158,10 @@ def run_plan(args: argparse.Namespace, manifest: Manifest) -> None:
         )
     stages = runnable(planner, rows)
     for stage in stages:
-        print(f"\n# {stage.name}\n{stage.shell()}")
+        print(f"\n# {stage.name}{', ' + stage.note if stage.note else ''}\n{stage.shell()}")
     if args.scale == "full":
-        _print_needs(manifest, stages, choice, _costs(args))
+        print("\n# data and weights", *(f"#   {need}" for need in needs_of(planner, stages, stock)), sep="\n")
+        _print_hours(stages, costs)
 
 
 def runnable(planner: Planner, rows: list[Row]) -> list[Stage]:
@@ -128,24 +182,27 @@ def runnable(planner: Planner, rows: list[Row]) -> list[Stage]:
     if not ready:
         raise ManifestError("none of these rows has anything to run")
     stages = planner.plan(ready)
-    for name, waits in planner.left_out.items():
-        print(f"# left out: {name} waits for {waits}")
+    for name, reason in planner.left_out.items():
+        print(f"# left out: {name} {reason}")
     return stages
 
 
+def stock(name: str, root: Path) -> Stock:
+    """What `prepare_data.py check NAME` finds below a folder."""
+    parts = dict.fromkeys((item.folder, part) for item in check.select([name]) for part in item.parts)
+    found = [check.examine(root / folder, part) for folder, part in parts]
+    needed = [finding for finding in found if not finding.part.use]
+    lacking = tuple(f"{finding.part.pattern} {finding}" for finding in needed if finding.hinders)
+    return Stock(sum(finding.count for finding in needed), lacking)
+
+
 def _costs(args: argparse.Namespace) -> list[dict]:
-    return [json.loads(Path(path).read_text(encoding="utf-8")) for path in args.costs]
+    return [read_costs(Path(path)) for path in args.costs]
 
 
-def _print_needs(manifest: Manifest, stages: list[Stage], choice: Choice, costs: list[dict]) -> None:
-    print("\n# data and weights")
-    for need in needs_of(manifest, stages, choice.data, ROOT):
-        there = "there" if need.there else f"MISSING: {need.how}"
-        print(f"#   {need.what} {need.name}: {there}")
+def _print_hours(stages: list[Stage], costs: list[dict]) -> None:
     hours = hours_of(stages, costs)
-    print("# GPU-hours")
-    for run in hours:
-        print(f"#   {run.name}: " + ("unknown" if run.hours is None else f"{run.hours:,.1f} ({run.source})"))
+    print("# GPU-hours", *(f"#   {run}" for run in hours), sep="\n")
     known = [run.hours for run in hours if run.hours is not None]
     unknown = len(hours) - len(known)
     print(f"#   in all {sum(known):,.1f}" + (f" and {unknown} unknown: measure them with" if unknown else ""))
@@ -158,6 +215,9 @@ def run_run(args: argparse.Namespace, manifest: Manifest) -> None:
     planner = Planner(manifest, choice_of(args))
     stages = runnable(planner, rows_named(manifest, args.rows))
     runner = Runner(planner, ROOT, say=lambda line: print(line, flush=True), restart=args.restart)
+    if args.scale == "full":
+        pending = [stage for stage in stages if runner.pending(stage, stages)]
+        refuse_missing(needs_of(planner, pending, stock), args.any_data)
     for result in runner.run(stages):
         experiment = manifest.experiments.get(result.name)
         wanted = experiment.metrics if experiment and experiment.metrics else result.metrics
@@ -166,19 +226,44 @@ def run_run(args: argparse.Namespace, manifest: Manifest) -> None:
         print(f"{result.name}, seed {result.seed}: {', '.join(shown) or nothing}")
 
 
+def refuse_missing(needs: list[Need], any_data: bool) -> None:
+    """Before anything runs: an experiment that lacks its data would say so after days of pre-training.
+
+    Args:
+        any_data: start all the same when only data are incomplete.
+
+    Raises:
+        ManifestError: what is missing.
+    """
+    missing = [need for need in needs if not need.there]
+    for need in missing:
+        print(f"# {need}", flush=True)
+    refused = [need for need in missing if need.what == "weights" or not any_data]
+    if refused:
+        names = ", ".join(f"{need.what} {need.name}" for need in refused)
+        hint = "" if any_data else "; --any-data accepts data sets that are meant to be smaller"
+        raise ManifestError(f"nothing was run, for {names} would be missing{hint}")
+
+
 def run_build(args: argparse.Namespace, manifest: Manifest) -> None:
     """Build the model of every configuration that runs name, on the meta device, and keep what came of it."""
     rows = rows_named(manifest, args.rows) if args.rows else list(manifest.rows.values())
     runs = [*manifest.pretrainings_of(rows), *manifest.experiments_of(rows)]
-    configs = sorted({run.config for run in runs if run.config and not run.waits_for})
+    configs = sorted(
+        {run.config for run in runs if run.config and not run.waits_for}
+        | {config for row in rows for config in row.costs}
+    )
+    if not configs:
+        raise ManifestError("none of these rows has a configuration to build")
     costs = args.out / "parameters.json"
+    costs.unlink(missing_ok=True)  # of an earlier commit
     args.out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "benchmarks/cost.py", *configs, "--parameters-only", "--keep-going"]
     subprocess.run([*command, "--out", str(costs)], cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
     if not costs.is_file():
         raise ManifestError("benchmarks/cost.py wrote nothing: run it by hand to see why")
     commit, builds = commit_of(ROOT), read_builds(args.out)
-    for entry in json.loads(costs.read_text(encoding="utf-8"))["runs"]:
+    for entry in read_json(costs, dict, "move it away and build again")["runs"]:
         config = entry["config"]
         builds[config] = {**entry, "hash": config_hash(config), "commit": commit}
     write_json(args.out / BUILDS, builds)
@@ -192,13 +277,16 @@ def run_build(args: argparse.Namespace, manifest: Manifest) -> None:
 
 def run_report(args: argparse.Namespace, manifest: Manifest) -> None:
     """The tables as Markdown and as one HTML page."""
-    states = States(manifest, args.out, ROOT, commit_of(ROOT)).all()
-    results = Results(args.out).load(args.scale)
+    given = _costs(args)
     rows = rows_named(manifest, args.rows) if args.rows else None
-    measured = sorted((args.out / args.scale / "costs").glob("*/costs.json"))
-    costs = [*_costs(args), *(json.loads(path.read_text(encoding="utf-8")) for path in measured)]
-    written = report.write(manifest, results, args.scale, states, rows, costs, args.out / args.scale)
+    states, remarks = all_states(args, manifest)
+    results = Results(args.out).load(args.scale)
+    measured, unreadable = measured_costs(args.out, args.scale)
+    written = report.write(
+        manifest, results, args.scale, states, rows, [*given, *measured], args.out / args.scale
+    )
     print(*written, sep="\n")
+    print_remarks({**unreadable, **remarks})
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -207,8 +295,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def data_root() -> Path:
+    """Root of all data sets, unless the user names another."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
 def _add_machine(parser: argparse.ArgumentParser, scale: str) -> None:
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
     parser.add_argument("rows", nargs="+", metavar="ROW|TABLE", help="20, 18-23, or a table such as 'MJ T1'")
     parser.add_argument("--scale", choices=SCALES, default=scale)
     parser.add_argument("--seeds", type=int, default=1, help="seeds of each experiment, from 0 on")
@@ -220,7 +312,12 @@ def _add_machine(parser: argparse.ArgumentParser, scale: str) -> None:
     parser.add_argument("--launcher", choices=LAUNCHERS, help="default: torchrun for several processes")
     parser.add_argument("--cpus-per-task", type=int, default=8, help="of each process, under Slurm")
     parser.add_argument("--images-per-gpu", type=int, help="the most images at once; the rest is accumulated")
-    parser.add_argument("--data", type=Path, default=root, help="root of all data sets: DETECTRON2_DATASETS")
+    parser.add_argument(
+        "--data", type=Path, default=data_root(), help="root of all data sets: DETECTRON2_DATASETS"
+    )
+    parser.add_argument(
+        "--weights", action="append", default=[], metavar="NAME=FILE", help="another place of public weights"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -250,6 +347,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands.choices["run"].add_argument(
         "--restart", action="store_true", help="runs whose configuration has changed start anew"
     )
+    commands.choices["run"].add_argument(
+        "--any-data", action="store_true", help="full runs start with fewer files than the published ones too"
+    )
     for command in (reporting, commands.choices["plan"]):
         command.add_argument("--costs", nargs="*", default=[], metavar="FILE", help="of benchmarks/cost.py")
     for command in commands.choices.values():
@@ -277,6 +377,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         RUN[args.command](args, load_manifest())
         sys.stdout.flush()
+    except Interrupted as interrupted:
+        print(f"error: {interrupted}", file=sys.stderr)
+        sys.exit(interrupted.exit_code)
+    except DataError as error:
+        sys.exit(f"error: {error}")
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

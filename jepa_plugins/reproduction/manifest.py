@@ -66,12 +66,14 @@ class Weights:
 
     Attributes:
         name: in the manifest; file: where runs look for it; how: what to do to have it; licence: as known.
+        url: what the toolkit fetches when the file is not there; empty when nothing does.
     """
 
     name: str
     file: str
     how: str
     licence: str = "unknown"
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class Experiment(Run):
         pretraining: key of `pretrainings` or empty; export_options: further arguments of the export.
         metrics: the paper's number by our metric's name; spread: the paper's, over seeds.
         tables: where the paper prints it; baseline: the experiment that it is to be compared with.
+        origin: of its numbers in the paper, of `ORIGINS`, where that is not its rows'.
+        rerun: the paper marks them as its own re-run of another method's official code.
     """
 
     title: str = ""
@@ -128,6 +132,8 @@ class Experiment(Run):
     spread: Mapping[str, float] = field(default_factory=dict)
     tables: tuple[str, ...] = ()
     baseline: str = ""
+    origin: str = ""
+    rerun: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,12 @@ class Manifest:
         names = [name for row in chosen for name in row.pretrainings]
         names += [e.pretraining for e in self.experiments_of(chosen) if e.pretraining]
         return [self.pretrainings[name] for name in dict.fromkeys(names)]
+
+    def costs_of(self, row: Row, scale: str) -> tuple[str, ...]:
+        """Configurations whose cost a row measures; the small scales measure their quick twins."""
+        if scale == "full":
+            return row.costs
+        return tuple(dict.fromkeys(self.family(config).quick_config or config for config in row.costs))
 
     def in_table(self, table: str) -> list[Row]:
         """Rows that a table of the papers shows, such as T1 or D.6."""
@@ -346,6 +358,7 @@ def _check(manifest: Manifest) -> None:
     for run in manifest.experiments.values():
         known(run.name, [run.pretraining], manifest.pretrainings, "pretrainings")
         known(run.name, [run.baseline], manifest.experiments, "experiments")
+        known(run.name, [run.origin], dict.fromkeys(ORIGINS), "origins")
     needs = {"run": ("pretrainings", "experiments", "costs"), "quote": ("quotes",), "component": ("tests",)}
     needs["figure"] = ("commands",)
     for row in manifest.rows.values():

@@ -52,6 +52,10 @@ class Machine:
     cpus_per_task: int = 8
 
     def __post_init__(self) -> None:
+        if self.images_per_gpu is not None and self.images_per_gpu < 1:
+            raise ManifestError(f"--images-per-gpu is a number from 1 on, got {self.images_per_gpu}")
+        if self.cpus_per_task < 1:
+            raise ManifestError(f"--cpus-per-task is a number from 1 on, got {self.cpus_per_task}")
         if self.nodes < 1 or self.gpus < 0:
             raise ManifestError(
                 f"{self.nodes} nodes with {self.gpus} GPUs each are no machine: give 1 or more nodes"
@@ -65,6 +69,12 @@ class Machine:
     def processes(self) -> int:
         """How many train together."""
         return self.nodes * max(self.gpus, 1)
+
+    def dividing(self, batch: int) -> Machine:
+        """The largest part of the machine whose processes divide a batch, on as few nodes as they fill."""
+        parts = ((n, g) for n in range(1, self.nodes + 1) for g in range(1, max(self.gpus, 1) + 1))
+        nodes, gpus = max((part for part in parts if batch % math.prod(part) == 0), key=_most_on_fewest)
+        return self if nodes * gpus == self.processes else replace(self, nodes=nodes, gpus=gpus)
 
     def prefix(self) -> list[str]:
         """What stands before the tool."""
@@ -89,6 +99,11 @@ class Machine:
             "--rdzv-backend=c10d",
             endpoint,
         ]
+
+
+def _most_on_fewest(part: tuple[int, int]) -> tuple[int, int]:
+    """Orders parts of a machine, (nodes, GPUs of each), by their processes, then by how few their nodes are."""
+    return math.prod(part), -part[0]
 
 
 @dataclass(frozen=True)
@@ -154,6 +169,7 @@ class Stage:
         run: what it trains or evaluates, None for data and exports; seed: of the run.
         overrides: of the run's configuration; needs: stages before it; config: the file.
         identity: what decides its outcome: neither where it runs nor how the batch is spread.
+        machine: that it uses; products: what later stages read of it; note: on it, for a person.
     """
 
     name: str
@@ -167,6 +183,9 @@ class Stage:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     identity: str = ""
+    machine: Machine = Machine()
+    products: tuple[Path | Checkpoint, ...] = ()
+    note: str = ""
 
     def shell(self) -> str:
         """The command for a person's shell."""
@@ -180,6 +199,18 @@ class Stage:
         """The command for a process; FileNotFoundError when a stage before it has not finished."""
         return [part.resolve() if isinstance(part, Argument) else part for part in self.command]
 
+    def lost(self) -> str:
+        """The first product that is not there, or is an empty folder; empty when all are there."""
+        for product in self.products:
+            if isinstance(product, Checkpoint):
+                try:
+                    product.resolve()
+                except FileNotFoundError:
+                    return f"the checkpoint in {product.folder}"
+            elif not (product.is_file() or (product.is_dir() and any(product.iterdir()))):
+                return str(product)
+        return ""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -189,6 +220,8 @@ class Choice:
         scale: smoke, quick or full; out: folder of everything; data: root of all data sets.
         machine: see there; seeds: of the experiments.
         pretraining_seeds: give each seed a pre-training of its own, instead of sharing that of seed 0.
+        weights: files in place of the manifest's, by its names of public weights.
+        root: of the project, below which the manifest's weight files are looked for.
     """
 
     out: Path
@@ -197,6 +230,8 @@ class Choice:
     machine: Machine = Machine()
     seeds: tuple[int, ...] = (0,)
     pretraining_seeds: bool = False
+    weights: Mapping[str, str] = field(default_factory=dict)
+    root: Path = Path()
 
 
 class Planner:
@@ -209,9 +244,12 @@ class Planner:
     def __init__(self, manifest: Manifest, choice: Choice) -> None:
         if choice.scale != "full" and choice.machine.processes > 1:
             raise ManifestError(f"--scale {choice.scale} runs as one process: leave --nodes and --gpus out")
+        if unknown := sorted(set(choice.weights) - set(manifest.weights)):
+            known = ", ".join(sorted(manifest.weights))
+            raise ManifestError(f"--weights names {', '.join(unknown)}: the manifest knows {known}")
         self.manifest, self.choice = manifest, choice
         self.base = choice.out / choice.scale
-        self.left_out: dict[str, str] = {}  # runs of the planned rows that wait, and for what
+        self.left_out: dict[str, str] = {}  # runs of the planned rows that are no part of the plan, and why
         self.scale_data = manifest.scale_data.get(choice.scale, {})
         self.data = choice.data if choice.scale == "full" else self.base / "data"
         self.stages: dict[str, Stage] = {}
@@ -229,7 +267,9 @@ class Planner:
                 self._cost(row)
             for run in ready:
                 if isinstance(run, Experiment):
-                    for seed in self.choice.seeds:
+                    for seed in (
+                        (0,) if run.finished else self.choice.seeds
+                    ):  # finished: nothing depends on it
                         self._experiment(run, seed)
                 elif isinstance(run, Pretraining):
                     for seed in self.choice.seeds if self.choice.pretraining_seeds else (0,):
@@ -238,43 +278,51 @@ class Planner:
 
     def runs_of(self, row: Row) -> list[Run]:
         """What can be run of a row; ManifestError says why there is nothing."""
-        if row.kind != "run":
+        runs: list[Run] = [self.manifest.pretrainings[name] for name in row.pretrainings]
+        runs += [self.manifest.experiments[name] for name in row.experiments]
+        if row.kind != "run" and not runs:
             raise ManifestError(
                 f"row {row.number} is a {row.kind}: there is nothing to run; see 'show {row.number}'"
             )
-        runs: list[Run] = [self.manifest.experiments[name] for name in row.experiments]
-        runs = [self.manifest.pretrainings[name] for name in row.pretrainings] + runs
-        only = self.scale_data.get("only")
-        if only is not None:
-            runs = [run for run in runs if run.name in only]
-            if not runs and not row.costs:
-                known = [
-                    str(n)
-                    for n, r in self.manifest.rows.items()
-                    if r.costs or {*r.experiments, *r.pretrainings} & {*only}
-                ]
-                raise ManifestError(
-                    f"row {row.number} has no {self.choice.scale} version; rows that have one: {', '.join(known)}"
-                )
+        runs = self._at_this_scale(row, runs)
         ready = [run for run in runs if not self.waits(run)]
-        self.left_out.update({run.name: self.waits(run) for run in runs if self.waits(run)})
+        self.left_out.update({run.name: f"waits for {self.waits(run)}" for run in runs if self.waits(run)})
         if not ready and not row.costs:
             waits = row.waits_for or ", ".join(sorted({self.waits(run) for run in runs}))
             raise ManifestError(f"row {row.number} waits for what this project does not have yet: {waits}")
         return ready
 
+    def _at_this_scale(self, row: Row, runs: list[Run]) -> list[Run]:
+        """Runs that the scale has; the others are noted as left out."""
+        only = self.scale_data.get("only")
+        if only is None:
+            return runs
+        found = [run for run in runs if run.name in only]
+        if not found and not row.costs:
+            known = [
+                str(number)
+                for number, other in self.manifest.rows.items()
+                if other.costs or {*other.experiments, *other.pretrainings} & {*only}
+            ]
+            raise ManifestError(
+                f"row {row.number} has no {self.choice.scale} version; rows that have one: {', '.join(known)}"
+            )
+        missing = (run.name for run in runs if run.name not in only)
+        self.left_out.update({name: f"has no {self.choice.scale} version" for name in missing})
+        return found
+
     def _cost(self, row: Row) -> None:
         """What the configurations of a row cost, measured on this machine; the small scales measure their twins."""
         folder = self.base / "costs" / f"row_{row.number}"
-        configs = list(row.costs)
-        options: list[str] = []
-        if self.choice.scale != "full":
-            configs = [self.manifest.family(config).quick_config or config for config in configs]
-            options = ["--scale", "quick"]
-        words = ["python", "benchmarks/cost.py", *dict.fromkeys(configs), *options]
+        options = [] if self.choice.scale == "full" else ["--scale", "quick"]
+        configs = self.manifest.costs_of(row, self.choice.scale)
+        words = ["python", "benchmarks/cost.py", *configs, *options]
         command = (*words, "--out", str(folder / "costs.json"))
         identity = json.dumps([row.costs, options])
-        self._add(Stage(f"cost/row_{row.number}", "cost", folder, command, identity=identity))
+        products = (folder / "costs.json",)
+        self._add(
+            Stage(f"cost/row_{row.number}", "cost", folder, command, identity=identity, products=products)
+        )
 
     def waits(self, run: Run) -> str:
         """What a run, or its pre-training, waits for; empty when it can run."""
@@ -295,19 +343,29 @@ class Planner:
         for name, command in (self.scale_data.get("commands") or {}).items():
             words = [self._fill(word) for word in shlex.split(command)]
             folder = self.base / "logs" / "data" / name
-            stage = Stage(f"data/{name}", "data", folder, ("python", *words), identity=command)
+            made = tuple(Path(self._fill(word)) for word in shlex.split(command) if "{data}" in word)
+            stage = Stage(f"data/{name}", "data", folder, ("python", *words), identity=command, products=made)
             names.append(self._add(stage).name)
         return tuple(names)
 
     def _pretraining(self, run: Pretraining, seed: int) -> Stage:
         folder = self.base / "pretrain" / run.name / f"seed_{seed}"
-        return self._add(self._training(run, seed, folder, "pretrain", self._public(run), self._data()))
+        stage = self._training(run, seed, folder, "pretrain", self._public(run), self._data())
+        return self._add(replace(stage, products=(Checkpoint(folder, run.toolkit),)))
 
     def _public(self, run: Run) -> dict[str, Part]:
         """Override for the public weights that a full-size run starts from."""
         if not run.weights or self.choice.scale != "full":
             return {}
-        return {self.family(run).weights_key: self.manifest.weights[run.weights].file}
+        return {self.family(run).weights_key: self.weight_file(run.weights)}
+
+    def weight_file(self, name: str) -> str:
+        """Where a run reads public weights: the user's file, the manifest's where it is there, or else its URL."""
+        if name in self.choice.weights:
+            return self.choice.weights[name]
+        weights = self.manifest.weights[name]
+        there = (self.choice.root / Path(weights.file).expanduser()).is_file()
+        return weights.file if there or not weights.url else weights.url
 
     def _experiment(self, run: Experiment, seed: int) -> Stage:
         family, needs = self.family(run), self._data()
@@ -315,10 +373,12 @@ class Planner:
             pretraining = self.manifest.pretrainings[run.pretraining]
             first = self._pretraining(pretraining, seed if self.choice.pretraining_seeds else 0)
             file: Part = Argument("", Checkpoint(first.folder, pretraining.toolkit))
-            needs = (*needs, first.name)
+            source = first
             if family.export:
-                exported = self._export(first, family, run)
-                file, needs = str(exported.folder / "export.pth"), (*needs, exported.name)
+                source = self._export(first, family, run)
+                file = str(source.folder / "export.pth")
+            # Of the two what it reads: a pre-training may be gone when its export is there.
+            needs = (*needs, source.name)
             weights = {family.weights_key: file}
         elif run.finished and self.choice.scale != "full":
             stand_in = self._stand_in(run, needs)
@@ -333,7 +393,7 @@ class Planner:
         """A hardly trained model of the same configuration in place of finished public weights."""
         folder = self.base / "weights" / run.name
         stage = self._training(replace(run, finished=False), 0, folder, "weights", {}, needs)
-        return self._add(replace(stage, run=None))
+        return self._add(replace(stage, run=None, products=(Checkpoint(folder, run.toolkit),)))
 
     def _export(self, first: Stage, family: Family, run: Experiment) -> Stage:
         tag = "_".join(("export", *(option.strip("-") for option in run.export_options)))
@@ -344,7 +404,10 @@ class Planner:
         command = ("python", *words, *run.export_options)
         name = f"{first.name.replace('pretrain/', 'export/', 1)}/{tag}"
         identity = json.dumps([*family.export, *run.export_options])
-        return self._add(Stage(name, "export", folder, command, needs=(first.name,), identity=identity))
+        made = (folder / "export.pth",)
+        return self._add(
+            Stage(name, "export", folder, command, needs=(first.name,), identity=identity, products=made)
+        )
 
     def _training(
         self,
@@ -355,27 +418,63 @@ class Planner:
         weights: Mapping[str, Part],
         needs: tuple[str, ...],
     ) -> Stage:
-        family = self.family(run)
+        family, machine = self.family(run), self.machine_of(run)
         config, overrides = self.configured(run, family)
         overrides = {**overrides, **weights, family.seed_key: seed}
         tool = Tool(family.launcher, config, folder, overrides, finished=run.finished)
-        machines = {*family.batch_keys, *(family.data_keys if self.choice.scale == "full" else ())}
-        deciding = {k: v for k, v in overrides.items() if k not in machines and not isinstance(v, Argument)}
-        deciding = {k: v for k, v in deciding.items() if k not in weights or self.choice.scale == "full"}
         return Stage(
             name=f"{kind}/{run.name}/seed_{seed}",
             kind=kind,
             folder=folder,
-            command=(*self.choice.machine.prefix(), *tool.arguments()),
+            command=(*machine.prefix(), *tool.arguments()),
             environment={"DETECTRON2_DATASETS": str(self.data)} if run.toolkit == "detectron2" else {},
             run=run,
             seed=seed,
             config=config,
             overrides={k: v for k, v in overrides.items() if k not in weights},
             needs=needs,
-            identity=json.dumps(
-                [family.launcher, config, run.finished, deciding], sort_keys=True, default=str
-            ),
+            identity=self._identity(run, config, overrides, weights),
+            machine=machine,
+            note=self._fewer(run, machine),
+        )
+
+    def _identity(
+        self, run: Run, config: str, overrides: Mapping[str, Any], weights: Mapping[str, Part]
+    ) -> str:
+        """What decides the outcome of a training. Public weights count by their name, not by where they lie."""
+        family, full = self.family(run), self.choice.scale == "full"
+        machines = {*family.batch_keys, *(family.data_keys if full else ()), *weights}
+        deciding = {key: value for key, value in overrides.items() if key not in machines}
+        if full and run.weights:
+            deciding[family.weights_key] = run.weights
+        content = [family.launcher, config, run.finished, deciding]
+        return json.dumps(content, sort_keys=True, default=str)
+
+    def machine_of(self, run: Run) -> Machine:
+        """What a run uses of the machine: a fine-tuning no more processes than divide its batch.
+
+        Raises:
+            ManifestError: a pre-training's batch does not divide among all.
+        """
+        machine = self.choice.machine
+        if run.batch is None or run.finished or self.choice.scale != "full":
+            return machine
+        part = machine.dividing(run.batch)
+        if part.processes < machine.processes and isinstance(run, Pretraining):
+            raise ManifestError(
+                f"{run.name}: the recipe's {run.batch} images do not divide among {machine.processes} processes; "
+                f"of {machine.nodes} x {max(machine.gpus, 1)} the most that they divide among is "
+                f"{part.processes}: --nodes {part.nodes} --gpus {part.gpus}"
+            )
+        return part
+
+    def _fewer(self, run: Run, part: Machine) -> str:
+        machine = self.choice.machine
+        if part.processes == machine.processes:
+            return ""
+        return (
+            f"on {part.nodes} x {part.gpus} of the {machine.nodes} x {machine.gpus} GPUs: its batch of "
+            f"{run.batch} divides among no more"
         )
 
     def family(self, run: Run) -> Family:
@@ -398,18 +497,15 @@ class Planner:
         """Overrides that spread the recipe's batch over the processes."""
         if run.batch is None or not family.batch_keys or run.finished:
             return {}
-        machine = self.choice.machine
-        share, rest = divmod(run.batch, machine.processes)
-        if rest or not share:
-            raise ManifestError(
-                f"{run.name}: the recipe's {run.batch} images do not divide among {machine.processes} processes"
-            )
+        machine = self.machine_of(run)
+        share = run.batch // machine.processes
         most = machine.images_per_gpu or run.images_per_gpu or family.images_per_gpu or share
         parts = next(n for n in range(max(math.ceil(share / most), 1), share + 1) if share % n == 0)
         if parts > 1 and "{accumulation}" not in family.batch_keys.values():
             raise ManifestError(
                 f"{run.name} cannot accumulate: {share} images of the recipe's {run.batch} must fit each of "
-                f"{machine.processes} processes; take more of them, or a larger --images-per-gpu"
+                f"{machine.processes} processes; take more of them, up to {run.batch}, or --images-per-gpu "
+                f"{share}"
             )
         values = {"{local}": share // parts, "{accumulation}": parts}
         return {key: values.get(str(value), value) for key, value in family.batch_keys.items()}
@@ -507,74 +603,3 @@ def config_hash(name: str) -> str:
         content = ast.dump(ast.parse(text)) if path.suffix == ".py" else json.dumps(yaml.safe_load(text))
         digest.update(content.encode())
     return digest.hexdigest()[:16]
-
-
-# --- what is there
-
-
-@dataclass(frozen=True)
-class Need:
-    """A data set or a weight file that full-size runs read.
-
-    Attributes:
-        name: in the manifest; what: data or weights; there: whether it was found; how: what to do for it.
-    """
-
-    name: str
-    what: str
-    there: bool
-    how: str
-
-
-def needs_of(manifest: Manifest, stages: Iterable[Stage], data_root: Path, root: Path) -> list[Need]:
-    """What full-size stages read, and whether it is there.
-
-    Args:
-        data_root: of all data sets; root: of the project, where relative weight files are looked for.
-    """
-    runs = [stage.run for stage in stages if stage.run is not None]
-    needs = []
-    for name in dict.fromkeys(key for run in runs for key in run.data):
-        entry = manifest.data[name]
-        there = all((data_root / path).exists() for path in entry.get("needs", ()))
-        needs.append(Need(name, "data", there, str(entry.get("how", "")).replace("DATA", str(data_root))))
-    for name in dict.fromkeys(run.weights for run in runs if run.weights):
-        weights = manifest.weights[name]
-        fetched = "://" in weights.file  # by the toolkit, when it is needed
-        there = fetched or (root / Path(weights.file).expanduser()).is_file()
-        needs.append(Need(name, "weights", there, weights.how))
-    return needs
-
-
-@dataclass(frozen=True)
-class Hours:
-    """GPU-hours of a full-size run.
-
-    Attributes:
-        name: of the stage; hours: None when nobody has said; source: of the number.
-    """
-
-    name: str
-    hours: float | None
-    source: str
-
-
-def hours_of(stages: Iterable[Stage], costs: Iterable[Mapping[str, Any]] = ()) -> list[Hours]:
-    """What the full-size trainings among stages take: as measured on a GPU, or else as the papers say.
-
-    Args:
-        costs: contents of files that benchmarks/cost.py wrote.
-    """
-    measured = {
-        entry["config"]: (
-            entry["gpu_hours"],
-            f"measured on {' and '.join(file['hardware']['gpus']) or 'a GPU'}",
-        )
-        for file in costs
-        for entry in file["runs"]
-        if entry.get("gpu_hours") is not None
-    }
-    trainings = [(stage.name, stage.run) for stage in stages if stage.run and not stage.run.finished]
-    return [
-        Hours(name, *measured.get(run.config, (run.gpu_hours, run.hours_source))) for name, run in trainings
-    ]

@@ -75,8 +75,12 @@ def figure_1_bars(manifest: Manifest, results: Iterable[Result], scale: str) -> 
     return bars
 
 
-def draw_figure_1(bars: Sequence[Bar]) -> str:
-    """Figure 1 of Mask-JEPA: bars of PQ, AP and mIoU, without and with it; the paper's outlined, ours filled."""
+def draw_figure_1(bars: Sequence[Bar], beside: str = "") -> str:
+    """Figure 1 of Mask-JEPA: bars of PQ, AP and mIoU, without and with it; the paper's outlined, ours filled.
+
+    Args:
+        beside: text behind "ours", for numbers that cannot be compared.
+    """
     with _style():
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -90,9 +94,15 @@ def draw_figure_1(bars: Sequence[Bar]) -> str:
         shown = [(BASE, "without"), (ACCENT, "with Mask-JEPA")]
         handles = [Patch(fc="none", ec=c, hatch="////", label=f"paper, {name}") for c, name in shown]
         if any(bar.ours for bar in bars):
-            handles += [Patch(fc=c, ec=c, label=f"ours, {name}") for c, name in shown]
+            short = _short(beside)
+            handles += [Patch(fc=c, ec=c, label=f"ours{short}, {name}") for c, name in shown]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8.5)
-        return to_svg(figure, "figure-1", _figure_1_text(bars))
+        return to_svg(figure, "figure-1", _figure_1_text(bars) + beside)
+
+
+def _short(beside: str) -> str:
+    """The scale alone, for a legend: of " (quick: minutes on ...)" it leaves " (quick)"."""
+    return beside.split(":")[0] + ")" if beside else ""
 
 
 def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
@@ -133,8 +143,11 @@ def _figure_1_text(bars: Sequence[Bar]) -> str:
 # --- one plot a table
 
 
-def draw_section(section: Section, name: str) -> str:
+def draw_section(section: Section, name: str, beside: str = "") -> str:
     """A table as dots: the paper's number a hollow diamond, our median a dot on the line of its spread.
+
+    Args:
+        section: the table; name: unique on the page; beside: see `draw_figure_1`.
 
     Returns:
         SVG, empty when the table has no number at all.
@@ -162,14 +175,14 @@ def draw_section(section: Section, name: str) -> str:
             _draw_dots(figure.add_axes(place), panel, labels[label])
             figure.axes[-1].set_title(label, fontsize=9, loc="left", fontweight="bold", pad=3)
             top -= 0.28
-        _dot_legend(figure, section)
-        return to_svg(figure, name, f"{section.title}: the numbers of the table above")
+        _dot_legend(figure, section, _short(beside))
+        return to_svg(figure, name, f"{section.title}{beside}: the numbers of the table above")
 
 
 def _draw_dots(axes: Axes, panel: Sequence[tuple[str, Any]], labels: Sequence[str]) -> None:
     for y, (_, line) in enumerate(panel):
         if line.ours is not None:
-            if line.paper is not None:
+            if line.difference is not None:
                 axes.plot([line.paper, line.ours.median], [y, y], color=FAINT, lw=1, zorder=1)
             axes.plot([line.ours.low, line.ours.high], [y, y], color=ACCENT, lw=2.5, zorder=2, alpha=0.6)
             axes.plot(line.ours.median, y, "o", color=ACCENT, ms=5.5, zorder=4)
@@ -187,12 +200,12 @@ def _draw_dots(axes: Axes, panel: Sequence[tuple[str, Any]], labels: Sequence[st
         axes.set_xlim(middle - 0.6, middle + 0.6)
 
 
-def _dot_legend(figure: Figure, section: Section) -> None:
+def _dot_legend(figure: Figure, section: Section, beside: str) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], ls="", marker="D", mfc="none", mec=INK, ms=6, label="paper")]
     if section.measured:
-        ours = "ours: median, lowest to highest seed"
+        ours = f"ours{beside}: median, lowest to highest seed"
         handles.append(Line2D([], [], color=ACCENT, lw=2.5, marker="o", ms=5.5, label=ours))
     figure.legend(handles=handles, loc="lower center", ncols=2, fontsize=8.5, borderaxespad=0.1)
 

@@ -1,7 +1,12 @@
-"""What decides a number besides the weights: read from the configuration that a run has left in its folder."""
+"""What decides a number besides the weights: read from the configuration that a run has left in its folder.
+
+What the configuration leaves to a transform is read from the transform; what neither says is left out.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,7 @@ import yaml
 
 
 def protocol_of(folder: Path, toolkit: str) -> dict[str, Any]:
-    """Crop, test size, interpolation, layers, pooling and scales of a run.
+    """Crop, sizes, interpolation, layers, scales and precision of a run.
 
     Args:
         folder: of the run, with the configuration that its launcher wrote there.
@@ -27,30 +32,62 @@ def _detectron2(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     cfg = yaml.safe_load(path.read_text(encoding="utf-8"))
-    given, model = cfg["INPUT"], cfg["MODEL"]
-    crop = given["CROP"]
+    model, solver = cfg["MODEL"], cfg["SOLVER"]
     found = {
         "train sets": list(cfg["DATASETS"]["TRAIN"]),
         "test sets": list(cfg["DATASETS"]["TEST"]),
-        "mapper": given.get("DATASET_MAPPER_NAME", ""),
-        "crop": list(crop["SIZE"]) if crop["ENABLED"] else given.get("IMAGE_SIZE"),
-        "test short side": given["MIN_SIZE_TEST"],
-        "test longest side": given["MAX_SIZE_TEST"],
-        "interpolation": "bilinear",
-        "scales": "several" if cfg["TEST"]["AUG"]["ENABLED"] else "single",
-        "flip in test": bool(cfg["TEST"]["AUG"]["ENABLED"] and cfg["TEST"]["AUG"]["FLIP"]),
-        "detections per image": cfg["TEST"]["DETECTIONS_PER_IMAGE"],
+        **_detectron2_images(cfg["INPUT"]),
+        **_detectron2_test(cfg["TEST"]),
     }
     if model["META_ARCHITECTURE"].endswith("MaskFormer"):
         test = model["MASK_FORMER"]["TEST"]
+        found["layers"] = list(model["SEM_SEG_HEAD"]["IN_FEATURES"])
         found["queries"] = model["MASK_FORMER"]["NUM_OBJECT_QUERIES"]
         found["thresholds"] = {
             "overlap": test["OVERLAP_THRESHOLD"],
             "object mask": test["OBJECT_MASK_THRESHOLD"],
         }
-    solver = cfg["SOLVER"]
-    length = {"iterations": solver["MAX_ITER"], "images an iteration": solver["IMS_PER_BATCH"]}
-    return {**found, **length, "learning rate": solver["BASE_LR"]}
+    elif model["META_ARCHITECTURE"].endswith("RCNN"):
+        found["layers"] = list(model["ROI_HEADS"]["IN_FEATURES"])
+        found["thresholds"] = {
+            "score": model["ROI_HEADS"]["SCORE_THRESH_TEST"],
+            "nms": model["ROI_HEADS"]["NMS_THRESH_TEST"],
+        }
+    return {
+        **found,
+        "mixed precision": solver["AMP"]["ENABLED"],
+        "iterations": solver["MAX_ITER"],
+        "images an iteration": solver["IMS_PER_BATCH"],
+        "learning rate": solver["BASE_LR"],
+    }
+
+
+def _detectron2_images(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What becomes of an image, in training and in the test."""
+    mapper = given.get("DATASET_MAPPER_NAME", "")
+    found = {"mapper": mapper}
+    if mapper.endswith("_lsj"):
+        found["crop"] = given["IMAGE_SIZE"]
+        found["train scales"] = [given["MIN_SCALE"], given["MAX_SCALE"]]
+    else:
+        crop = given["CROP"]
+        found["crop"] = list(crop["SIZE"]) if crop["ENABLED"] else "none"
+        sides = given["MIN_SIZE_TRAIN"]
+        found["train short sides"] = list(sides) if isinstance(sides, (list, tuple)) else sides
+        found["train longest side"] = given["MAX_SIZE_TRAIN"]
+    found["test short side"] = given["MIN_SIZE_TEST"]
+    found["test longest side"] = given["MAX_SIZE_TEST"]
+    interpolation = _default("detectron2.data.transforms", "ResizeShortestEdge", "interp")
+    return {**found, **_interpolation(interpolation)}
+
+
+def _detectron2_test(test: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"detections per image": test["DETECTIONS_PER_IMAGE"]}
+    if not test["AUG"][
+        "ENABLED"
+    ]:  # an evaluation at several scales would be another command's, and says nothing here
+        found |= {"scales": "single", "flip in test": False}
+    return found
 
 
 def _mmengine(folder: Path) -> dict[str, Any]:
@@ -60,27 +97,65 @@ def _mmengine(folder: Path) -> dict[str, Any]:
     from mmengine.config import Config  # the toolkit that has just run
 
     cfg = Config.fromfile(files[-1])
-    model, loader = cfg.model, cfg.test_dataloader
-    steps = {step["type"]: step for step in loader.dataset.pipeline}
-    train = {step["type"]: step for step in cfg.train_dataloader.dataset.pipeline}
-    test = dict(model.get("test_cfg") or {})
-    backbone = model.get("backbone", {})
+    loader = cfg.test_dataloader
     found = {
-        "data": f"{loader.dataset.type} {loader.dataset.get('data_root', '')}",
-        "crop": _plain(train.get("RandomCrop", {}).get("crop_size")),
-        "test size": _plain(steps.get("Resize", {}).get("scale", "as stored")),
-        "inference": _plain(test),
-        "interpolation": "bilinear",
-        "scales": "single",
-        "layers": _plain(backbone.get("out_indices")),
-        "pooling": "none, patch tokens",
-        "frozen backbone": bool(backbone.get("frozen", False)),
-    }
-    length = {
+        "data": f"{loader.dataset.type} {loader.dataset.get('data_root', '')}".strip(),
+        **_mmengine_images(cfg.train_dataloader.dataset.pipeline, loader.dataset.pipeline),
+        "inference": _plain(cfg.model.get("test_cfg") or {}),
+        **_mmengine_backbone(cfg.model.get("backbone") or {}),
+        "mixed precision": cfg.optim_wrapper.get("type", "").endswith("AmpOptimWrapper"),
         "iterations": cfg.train_cfg.get("max_iters"),
         "images of a process and iteration": cfg.train_dataloader.get("batch_size"),
+        "learning rate": cfg.optim_wrapper.optimizer.lr,
     }
-    return {**found, **length, "learning rate": cfg.optim_wrapper.optimizer.lr}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _mmengine_images(training: Iterable[Mapping], testing: Iterable[Mapping]) -> dict[str, Any]:
+    """What becomes of an image, in training and in the test."""
+    train, test = ({step["type"]: step for step in pipeline} for pipeline in (training, testing))
+    found = {"crop": _plain(train["RandomCrop"].get("crop_size"))} if "RandomCrop" in train else {}
+    if "RandomResize" in train:
+        found["train size"] = _plain(train["RandomResize"].get("scale"))
+        found["train scales"] = _plain(train["RandomResize"].get("ratio_range"))
+    several = "TestTimeAug" in test
+    found["scales"] = "as test-time augmentation says" if several else "single"
+    if "Resize" not in test:
+        return found if several else {**found, "test size": "as stored"}
+    resize = test["Resize"]
+    interpolation = resize.get("interpolation") or _default("mmcv.transforms", "Resize", "interpolation")
+    return {**found, "test size": _plain(resize.get("scale")), **_interpolation(interpolation)}
+
+
+def _mmengine_backbone(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """Which of a ViT's maps the heads read, and how; what the configuration leaves out is the class's default."""
+
+    def value(key: str) -> Any:
+        given = backbone.get(key)
+        known = backbone.get("type") == "JEPAViT"
+        return _default("jepa_plugins.mm.backbone", "JEPAViT", key) if given is None and known else given
+
+    found = {"layers": "out_indices", "final norm": "final_norm", "frozen backbone": "frozen"}
+    return {name: _plain(value(key)) for name, key in found.items()}
+
+
+def _default(module: str, name: str, argument: str) -> Any:
+    """Of a transform's or model's argument; None where the toolkit is not installed or has no such argument."""
+    try:
+        signature = inspect.signature(getattr(importlib.import_module(module), name).__init__)
+        value = signature.parameters[argument].default
+    except (ImportError, AttributeError, KeyError):
+        return None
+    return None if value is inspect.Parameter.empty else value
+
+
+def _interpolation(value: Any) -> dict[str, Any]:
+    """By its name: detectron2 gives Pillow's number."""
+    if isinstance(value, int):
+        from PIL import Image
+
+        value = Image.Resampling(value).name.lower()
+    return {} if value is None else {"interpolation": str(value)}
 
 
 def _plain(value: Any) -> Any:

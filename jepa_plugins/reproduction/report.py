@@ -25,7 +25,6 @@ from jepa_plugins.reproduction.report_cells import (
 )
 from jepa_plugins.reproduction.report_html import html
 from jepa_plugins.reproduction.report_rows import (
-    COST_ROWS,
     NO_RESULT,
     TITLES,
     Entry,
@@ -73,6 +72,11 @@ class Report:
         return TITLES[self.scale]
 
     @property
+    def beside(self) -> str:
+        """What every heading says of numbers that cannot be compared, in parentheses; empty at the full scale."""
+        return "" if self.scale == "full" else f" ({self.scale_text})"
+
+    @property
     def title(self) -> str:
         """Of the page: says the scale."""
         return f"The papers' results and ours ({self.scale_text})"
@@ -111,8 +115,9 @@ class Report:
             f"Commits of the results: {commits or NO_RESULT}",
             "Ours is the median over seeds, with the lowest and the highest; a gain is over the baseline named with "
             "the experiment",
-            "Origin: TRAIN, trained by the papers' authors; LOAD, public weights, then trained; ZOO, a public model "
-            "as it is; QUOTE, a number of another paper",
+            "Origin of the papers' numbers: TRAIN, trained by their authors; LOAD, public weights, then trained; "
+            "ZOO, a public model as it is; QUOTE, a number of another paper; with a * the paper's own re-run of "
+            "the official code",
         ]
 
 
@@ -145,14 +150,30 @@ def write(
     costs: Iterable[Any],
     folder: str | Path,
 ) -> list[Path]:
-    """Write report.md and report.html into a folder; arguments as of `report_rows`."""
+    """Write report.md and report.html into a folder; arguments as of `report_rows`.
+
+    A report on some of the rows stands beside that on all: report_rows_18-20_38.md and .html.
+    """
     report = build_report(manifest, results, scale, states, rows, costs)
-    folder = Path(folder)
+    folder, name = Path(folder), _name(report)
     folder.mkdir(parents=True, exist_ok=True)
     return [
-        _write(folder / "report.md", markdown(report)),
-        _write(folder / "report.html", html(report)),
+        _write(folder / f"{name}.md", markdown(report)),
+        _write(folder / f"{name}.html", html(report)),
     ]
+
+
+def _name(report: Report) -> str:
+    """Of the files, without their endings: names the rows, unless it has all."""
+    if not report.left_out:
+        return "report"
+    ranges: list[list[int]] = []
+    for number in sorted(row.row.number for row in report.rows):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return "report_rows_" + "_".join("-".join(map(str, pair)) for pair in ranges)
 
 
 def _write(path: Path, text: str) -> Path:
@@ -213,7 +234,6 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]], right: Sequence[s
 
 
 def _section(section: Section, report: Report) -> list[str]:
-    scale = f" ({report.scale_text})" if report.warning else ""
     head = (
         "Row",
         "Experiment",
@@ -229,7 +249,7 @@ def _section(section: Section, report: Report) -> list[str]:
     body = [line for entry in section.entries for line in _entry(entry)]
     notes = [f"- Row {_cell(rows)}: {_cell(note)}" for rows, note in section.notes]
     return [
-        f"### {_cell(section.title + scale)}",
+        f"### {_cell(section.title + report.beside)}",
         _table(head, body, ("Paper", "Ours", "Difference", "Gain, paper", "Gain, ours")),
         *(["\n".join(notes)] if notes else []),
     ]
@@ -281,22 +301,21 @@ def _figure_1(report: Report) -> list[str]:
         )
         for bar in report.bars
     ]
-    scale = f" ({report.scale_text})" if report.warning else ""
     head = ("Backbone", "Metric", "Mask-JEPA", "Paper", "Ours")
-    return [f"## Figure 1 of Mask-JEPA{_cell(scale)}", _table(head, body, ("Paper", "Ours"))]
+    return [f"## Figure 1 of Mask-JEPA{_cell(report.beside)}", _table(head, body, ("Paper", "Ours"))]
 
 
 def _costs(report: Report) -> list[str]:
     parts: list[str] = []
-    for row in (row for row in report.rows if row.row.number in COST_ROWS):
+    for row in (row for row in report.rows if row.row.costs):
         where = f" ({', '.join(row.row.where)})" if row.row.where else ""
-        parts.append(f"### {_cell(f'Row {row.row.number}: {row.row.item}{where}')}")
+        parts.append(f"### {_cell(f'Row {row.row.number}: {row.row.item}{where}{report.beside}')}")
         parts += [_cell(text) for text in cost_lines(row)]
         parts.append(_table(*cost_table(row.costs)) if row.costs else NO_COSTS)
         parts += [f"- {_cell(note)}" for note in row.notes]
     if report.other_costs:
         parts += ["### Other configurations", _table(*cost_table(report.other_costs))]
-    return ["## Costs of training", *parts] if parts else []
+    return [f"## Costs of training{_cell(report.beside)}", *parts] if parts else []
 
 
 def _overview(report: Report) -> list[str]:
@@ -314,11 +333,11 @@ def _overview(report: Report) -> list[str]:
         for row in report.rows
     ]
     head = ("Row", "Item", "Where", "Kind", "Origin", "State", "Result", "Shown by")
-    return ["## All rows", _table(head, body, ("Row",))]
+    return [f"## All rows{_cell(report.beside)}", _table(head, body, ("Row",))]
 
 
 def _appendix(report: Report) -> list[str]:
-    parts = ["## Results and their protocols"]
+    parts = [f"## Results and their protocols{_cell(report.beside)}"]
     if not report.results:
         return [*parts, f"{NO_RESULT.capitalize()} at the scale {report.scale}."]
     for result in report.results:

@@ -64,9 +64,11 @@ def ours_text(line: Line, group: Group) -> str:
     if group.quoted:
         return "quoted, no run"
     if line.ours is None:
-        return f"not a number ({_seeds(line.broken)})" if line.broken else NO_RESULT
+        why = [("not a number", line.broken), ("undefined", line.undefined)]
+        return "; ".join(f"{text} ({_seeds(count)})" for text, count in why if count) or NO_RESULT
     ours, seeds = line.ours, _seeds(line.ours.seeds)
     broken = f"; {_seeds(line.broken)} without a number" if line.broken else ""
+    broken += f"; {_seeds(line.undefined)} undefined" if line.undefined else ""
     spread = f"{ours.low:.2f}\N{EN DASH}{ours.high:.2f}, " if ours.seeds > 1 else ""
     return f"{ours.median:.2f} ({spread}{seeds}{broken})"
 
@@ -100,7 +102,8 @@ def facts_of(result: Result) -> list[tuple[str, str]]:
         ("finished", result.finished or "unknown"),
     ]
     metrics = ", ".join(f"{k} {_measured(v)}" for k, v in result.metrics.items() if is_summary(k))
-    return [("metrics", metrics or "none"), *facts]
+    undefined = [("undefined metrics", ", ".join(filter(is_summary, result.undefined)))]
+    return [("metrics", metrics or "none"), *(fact for fact in undefined if fact[1]), *facts]
 
 
 def _measured(value: Any) -> str:

@@ -19,7 +19,6 @@ from jepa_plugins.reproduction.report_cells import (
     signed,
 )
 from jepa_plugins.reproduction.report_rows import (
-    COST_ROWS,
     NO_RESULT,
     Entry,
     Line,
@@ -97,7 +96,7 @@ def html(report: Report) -> str:
         _figure_1(report),
         *_tables(tables, report),
         _costs(report),
-        _overview(report.rows),
+        _overview(report),
         _appendix(report),
     ]
     return (
@@ -155,26 +154,28 @@ def _figure_1(report: Report) -> str:
         "PQ, AP and mIoU on ADE20K val, Mask2Former without and with Mask-JEPA (rows 18-23, 38, 39). "
         "Hatched: the paper. "
         + (f"Filled: ours, {there} of {len(report.bars)}." if there else f"Ours: {NO_RESULT}.")
-        + (f" Scale {report.scale}." if report.warning else "")
+        + (f" Scale {report.scale_text}." if report.warning else "")
     )
-    drawing = plots.draw_figure_1(report.bars) if _can_plot() else _no_plots()
-    return f'<h2 id="figure-1-mask-jepa">Figure 1 of Mask-JEPA</h2>\n{_figure(drawing, caption)}'
+    drawing = plots.draw_figure_1(report.bars, report.beside) if _can_plot() else _no_plots()
+    head = f"Figure 1 of Mask-JEPA{report.beside}"
+    return f'<h2 id="figure-1-mask-jepa">{escape(head)}</h2>\n{_figure(drawing, caption)}'
 
 
 def _no_plots() -> str:
     return "<p>No plots: matplotlib is not installed.</p>"
 
 
-def _section_plot(section: Section) -> str:
+def _section_plot(section: Section, report: Report) -> str:
     if not _can_plot():
         return _no_plots()
-    drawing = plots.draw_section(section, _id(section))
+    title = section.title + report.beside
+    drawing = plots.draw_section(section, _id(section), report.beside)
     if not drawing:
         return ""
     missing = "" if section.measured else f" The paper's numbers alone: ours {NO_RESULT}."
-    picture = _figure(drawing, f"{section.title}.{missing}")
+    picture = _figure(drawing, f"{title}.{missing}")
     opened = " open" if section.measured else ""
-    return f"<details{opened}><summary>Plot of {escape(section.title)}</summary>{picture}</details>"
+    return f"<details{opened}><summary>Plot of {escape(title)}</summary>{picture}</details>"
 
 
 # --- tables of the papers
@@ -185,10 +186,10 @@ def _tables(tables: Sequence[Section], report: Report) -> Iterable[str]:
     for section in tables:
         if section.paper != paper:
             paper = section.paper
-            yield element("h2", escape(PAPERS.get(paper, "Other")))
-        yield element("h3", escape(section.title), id=_id(section))
+            yield element("h2", escape(PAPERS.get(paper, "Other") + report.beside))
+        yield element("h3", escape(section.title + report.beside), id=_id(section))
         table = _table(section, report) + _notes(section)
-        yield f'<div class="beside"><div>{table}</div><div>{_section_plot(section)}</div></div>'
+        yield f'<div class="beside"><div>{table}</div><div>{_section_plot(section, report)}</div></div>'
 
 
 def _wide(table: str, label: str) -> str:
@@ -207,7 +208,7 @@ def _header(names: Mapping[str, str]) -> str:
 def _table(section: Section, report: Report) -> str:
     numbers = ("Paper", "Ours", "Ours \N{MINUS SIGN} paper", "Gain, paper", "Gain, ours")
     head = _header({"Metric": "", **dict.fromkeys(numbers, "number")})
-    caption = section.title + (f" ({report.scale_text})" if report.warning else "")
+    caption = section.title + report.beside
     caption += ". Ours: median, in small print lowest\N{EN DASH}highest and seeds."
     bodies = "".join(_entry(entry) for entry in section.entries)
     caption = f"<caption>{_kept(escape(caption))}</caption>"
@@ -233,11 +234,11 @@ def _entry(entry: Entry) -> str:
 
 
 def _cells(line: Line, entry: Entry) -> str:
-    median, _, rest = ours_text(line, entry.group).partition(" (")
-    ours = escape(median)
+    ours = escape(ours_text(line, entry.group))
     if line.ours is not None:
+        median, _, rest = ours_text(line, entry.group).partition(" (")
         parts = rest.removesuffix(")").split(", ")
-        ours += "".join(f' <span class="soft">{escape(part)}</span>' for part in parts)
+        ours = escape(median) + "".join(f' <span class="soft">{escape(part)}</span>' for part in parts)
     return "".join(
         (
             element("th", escape(line.label), scope="row"),
@@ -270,16 +271,17 @@ def _notes(section: Section) -> str:
 
 def _costs(report: Report) -> str:
     out = []
-    for row in (row for row in report.rows if row.row.number in COST_ROWS):
+    for row in (row for row in report.rows if row.row.costs):
         where = f" ({', '.join(row.row.where)})" if row.row.where else ""
-        out.append(element("h3", escape(f"Row {row.row.number}: {row.row.item}{where}")))
+        out.append(element("h3", escape(f"Row {row.row.number}: {row.row.item}{where}{report.beside}")))
         out += [element("p", escape(text)) for text in cost_lines(row)]
-        caption = f"Measured for row {row.row.number}"
+        caption = f"Measured for row {row.row.number}{report.beside}"
         out.append(_cost_table(row.costs, caption) if row.costs else f'<p class="none">{NO_COSTS}</p>')
         out += [f'<div class="notes" role="note"><p>{escape(note)}</p></div>' for note in row.notes]
     if report.other_costs:
         out += [element("h3", "Other configurations"), _cost_table(report.other_costs, "Measured besides")]
-    return "\n".join(['<h2 id="costs">Costs of training</h2>', *out]) if out else ""
+    head = f"Costs of training{report.beside}"
+    return "\n".join([f'<h2 id="costs">{escape(head)}</h2>', *out]) if out else ""
 
 
 def _cost_table(entries: Sequence[Mapping[str, Any]], caption: str) -> str:
@@ -293,18 +295,18 @@ def _cost_table(entries: Sequence[Mapping[str, Any]], caption: str) -> str:
     return _wide(f"<table><caption>{caption}</caption>{head}<tbody>{body}</tbody></table>", caption)
 
 
-def _overview(rows: Sequence[RowReport]) -> str:
+def _overview(report: Report) -> str:
     head = _header(
         dict.fromkeys(("Row", "Item", "Paper", "Where", "Kind", "Origin", "Toolkit", "State", "Result"), "")
     )
-    body = "".join(_overview_row(row) for row in rows)
-    caption = f"<caption>All {len(rows)} rows of this report</caption>"
+    body = "".join(_overview_row(row) for row in report.rows)
+    caption = f"<caption>{escape(f'All {len(report.rows)} rows of this report{report.beside}')}</caption>"
     table = f'<table id="rows">{caption}{head}<tbody>{body}</tbody></table>'
     box = (
         '<p class="filter" hidden><label for="word">Filter rows</label>'
         '<input id="word" type="search" placeholder="mask-jepa run builds"><output aria-live="polite"></output></p>'
     )
-    return f'<h2 id="all-rows">All rows</h2>\n{box}\n{_wide(table, "All rows")}'
+    return f'<h2 id="all-rows">All rows{escape(report.beside)}</h2>\n{box}\n{_wide(table, "All rows")}'
 
 
 def _overview_row(report: RowReport) -> str:
@@ -331,7 +333,7 @@ def _appendix(report: Report) -> str:
         content = f"<p>{NO_RESULT.capitalize()} at the scale {escape(report.scale)}.</p>"
     else:
         content = "\n".join(_result(result) for result in report.results)
-    return f'<h2 id="protocol">Results and their protocols</h2>\n{content}'
+    return f'<h2 id="protocol">Results and their protocols{escape(report.beside)}</h2>\n{content}'
 
 
 def _result(result: Result) -> str:

@@ -17,7 +17,6 @@ TITLES = {
     "quick": "quick: minutes on generated data; not comparable with the papers' numbers",
     "full": "full: the papers' recipes",
 }
-COST_ROWS = (16, 78)  # what pre-training costs, one row a paper
 _SHORT_PAPERS = {"MJ": "mask_jepa", "DMT": "dmt_jepa"}
 _LABELS = {
     "panoptic_seg/PQ": "PQ",
@@ -49,8 +48,10 @@ class Line:
         metric: name in the results; label: for people.
         paper: the paper's number, None where it reports none; paper_spread: its spread over seeds.
         ours: median, lowest, highest and number of seeds; None without a result.
-        broken: results whose number is NaN, infinite or no number; they are left out of `ours`.
+        broken: results whose number is NaN, infinite or no number; undefined: results whose evaluation found no
+            finite value; both are left out of `ours`.
         paper_gain, gain: over the experiment's baseline, the paper's and ours.
+        comparable: ours was made with the paper's recipe.
     """
 
     metric: str
@@ -59,13 +60,17 @@ class Line:
     paper_spread: float | None = None
     ours: Summary | None = None
     broken: int = 0
+    undefined: int = 0
     paper_gain: float | None = None
     gain: float | None = None
+    comparable: bool = True
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the paper's."""
-        return None if self.ours is None or self.paper is None else self.ours.median - self.paper
+        """Ours minus the paper's; None unless the two can be compared."""
+        if self.ours is None or self.paper is None or not self.comparable:
+            return None
+        return self.ours.median - self.paper
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Group:
         name: of the experiment, empty for a quote; title: for people; baseline: title of what gains are over.
         tables: where the paper prints it; source: of a quote; waits_for: what the project does not have yet.
         lines: what the paper reports, or everything where it reports nothing; further: the rest.
+        origin: of the paper's numbers where it is not the rows'; rerun: it marks them as its own re-run;
+        reported: it prints any.
     """
 
     name: str
@@ -86,6 +93,9 @@ class Group:
     baseline: str = ""
     source: str = ""
     waits_for: str = ""
+    origin: str = ""
+    rerun: bool = False
+    reported: bool = True
 
     @property
     def quoted(self) -> bool:
@@ -115,8 +125,10 @@ class RowReport:
         """In a few words, what there is of it."""
         runs = [group for group in self.groups if not group.quoted]
         if runs:
-            done = sum(any(line.ours or line.broken for line in (*g.lines, *g.further)) for g in runs)
+            done = sum(any(x.ours or x.broken or x.undefined for x in (*g.lines, *g.further)) for g in runs)
             return f"{done} of {len(runs)} runs" if done else NO_RESULT
+        if self.row.costs:
+            return f"{len(self.costs)} measured" if self.costs else NO_RESULT
         if self.row.kind == "run":
             return f"{len(self.results)} pre-trainings" if self.results else NO_RESULT
         return {"quote": "quoted, no run", "component": "shown by tests", "figure": "drawn by a command"}[
@@ -138,8 +150,11 @@ class Entry:
 
     @property
     def origin(self) -> str:
-        """Of its rows."""
-        return ", ".join(dict.fromkeys(origin for report in self.rows for origin in report.row.origin)) or "-"
+        """Of the paper's numbers: its own, else its rows'; with a * where the paper marks a re-run."""
+        if not self.group.reported:
+            return "not in the paper"
+        rows = ", ".join(dict.fromkeys(origin for report in self.rows for origin in report.row.origin))
+        return (self.group.origin or rows or "-") + ("*" if self.group.rerun else "")
 
     @property
     def state(self) -> str:
@@ -209,30 +224,34 @@ def report_rows(
             found.setdefault(result.name, []).append(result)
     measured = cost_runs(costs)
     chosen = manifest.rows.values() if rows is None else rows
-    return [_row_report(manifest, row, found, states, measured) for row in chosen]
+    given = _Given(manifest, found, scale, states, measured)
+    return [_row_report(row, given) for row in chosen]
 
 
-def _row_report(
-    manifest: Manifest,
-    row: Row,
-    results: Mapping[str, list[Result]],
-    states: Mapping[int, str],
-    costs: Sequence[Mapping[str, Any]],
-) -> RowReport:
-    groups = [
-        _experiment(manifest, manifest.experiments[name], row, results)
-        for name in dict.fromkeys(row.experiments)
-    ]
+@dataclass(frozen=True)
+class _Given:
+    """Arguments of `report_rows`, results by name."""
+
+    manifest: Manifest
+    results: Mapping[str, list[Result]]
+    scale: str
+    states: Mapping[int, str]
+    costs: Sequence[Mapping[str, Any]]
+
+
+def _row_report(row: Row, given: _Given) -> RowReport:
+    manifest = given.manifest
+    groups = [_experiment(manifest.experiments[name], row, given) for name in dict.fromkeys(row.experiments)]
     groups += [_quote(quote, row) for quote in row.quotes]
     runs = [*manifest.experiments_of([row]), *manifest.pretrainings_of([row])]
-    configs = {run.config for run in runs if run.config} if row.number in COST_ROWS else set()
+    configs = manifest.costs_of(row, given.scale)
     return RowReport(
         row=row,
-        state=states.get(row.number, "unknown"),
+        state=given.states.get(row.number, "unknown"),
         groups=tuple(groups),
         notes=tuple(" ".join(str(manifest.notes[key]).split()) for key in row.notes),
-        costs=tuple(entry for entry in costs if _same_config(str(entry.get("config", "")), configs)),
-        results=tuple(result for run in runs for result in results.get(run.name, ())),
+        costs=tuple(entry for entry in given.costs if _same_config(str(entry.get("config", "")), configs)),
+        results=tuple(result for run in runs for result in given.results.get(run.name, ())),
     )
 
 
@@ -252,32 +271,17 @@ def cost_runs(costs: Iterable[Any]) -> list[Mapping[str, Any]]:
     return found
 
 
-def _experiment(
-    manifest: Manifest, experiment: Experiment, row: Row, results: Mapping[str, list[Result]]
-) -> Group:
-    own = results.get(experiment.name, [])
+def _experiment(experiment: Experiment, row: Row, given: _Given) -> Group:
+    manifest, own = given.manifest, given.results.get(experiment.name, [])
     base = manifest.experiments[experiment.baseline] if experiment.baseline else None
-    theirs = results.get(base.name, []) if base else []
-    found = dict.fromkeys(metric for result in own for metric in result.metrics if is_summary(metric))
+    names = (metric for result in own for metric in (*result.metrics, *result.undefined))
+    found = dict.fromkeys(metric for metric in names if is_summary(metric))
     further = [metric for metric in found if metric not in experiment.metrics]
     beside = (*experiment.metrics, *found)
-
-    def line(metric: str) -> Line:
-        ours, broken = finite_summary(own, metric)
-        paper, base_paper = experiment.metrics.get(metric), base.metrics.get(metric) if base else None
-        base_ours = finite_summary(theirs, metric)[0]
-        return Line(
-            metric=metric,
-            label=metric_label(metric, beside),
-            paper=paper,
-            paper_spread=experiment.spread.get(metric),
-            ours=ours,
-            broken=broken,
-            paper_gain=None if paper is None or base_paper is None else paper - base_paper,
-            gain=None if ours is None or base_ours is None else ours.median - base_ours.median,
-        )
-
-    reported, rest = [line(m) for m in experiment.metrics], [line(m) for m in further]
+    reported, rest = (
+        [_line(metric, experiment, base, beside, given) for metric in metrics]
+        for metrics in (experiment.metrics, further)
+    )
     waits = experiment.waits_for or row.waits_for
     if not waits and experiment.pretraining:
         waits = manifest.pretrainings[experiment.pretraining].waits_for
@@ -289,6 +293,31 @@ def _experiment(
         further=tuple(rest if reported else ()),
         baseline=title_of(base) if base else "",
         waits_for=waits,
+        origin=experiment.origin,
+        rerun=experiment.rerun,
+        reported=bool(reported),
+    )
+
+
+def _line(
+    metric: str, experiment: Experiment, base: Experiment | None, beside: Sequence[str], given: _Given
+) -> Line:
+    """A metric of an experiment; base: what gains are over; beside: all metrics of the experiment."""
+    own, theirs = given.results.get(experiment.name, []), given.results.get(base.name, []) if base else []
+    ours, broken = finite_summary(own, metric)
+    paper, base_paper = experiment.metrics.get(metric), base.metrics.get(metric) if base else None
+    base_ours = finite_summary(theirs, metric)[0]
+    return Line(
+        metric=metric,
+        label=metric_label(metric, beside),
+        paper=paper,
+        paper_spread=experiment.spread.get(metric),
+        ours=ours,
+        broken=broken,
+        undefined=sum(metric in result.undefined for result in own),
+        paper_gain=None if paper is None or base_paper is None else paper - base_paper,
+        gain=None if ours is None or base_ours is None else ours.median - base_ours.median,
+        comparable=given.scale == "full",
     )
 
 
@@ -332,7 +361,7 @@ def sections(reports: Sequence[RowReport]) -> list[Section]:
     tables: dict[tuple[str, str], dict[Any, Entry]] = {}
     for report in reports:
         for group in report.groups:
-            if group.quoted and report.row.number in COST_ROWS:
+            if group.quoted and report.row.costs:
                 continue
             for table in group.tables or ("no table",):
                 entries = tables.setdefault((_paper_of(table, report.row), table), {})

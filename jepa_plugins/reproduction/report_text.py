@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
 from jepa_plugins.reproduction.manifest import (
@@ -139,11 +141,19 @@ def _terminal_width() -> int | None:
 # --- one row
 
 
-def show_text(manifest: Manifest, row: Row, state: str, results: Iterable[Result] = ()) -> str:
+def show_text(
+    manifest: Manifest,
+    row: Row,
+    state: str,
+    results: Iterable[Result] = (),
+    checks: str = "",
+    data: str = "datasets",
+) -> str:
     """Everything of a row: what it runs, on what, the paper's numbers, and results of every scale.
 
     Args:
-        manifest: see `load_manifest`; state: see `States`; results: of any scale.
+        manifest: see `load_manifest`; state, checks: see `States`; results: of any scale.
+        data: root of all data sets.
     """
     found = list(results)
     lines = [f"row {row.number}: {row.item}"]
@@ -154,6 +164,7 @@ def show_text(manifest: Manifest, row: Row, state: str, results: Iterable[Result
         ("origin", ", ".join(row.origin)),
         ("toolkit", ", ".join(row.toolkits)),
         ("state", state),
+        ("checked", checks),
         ("waits for", row.waits_for),
     )
     for name in row.pretrainings:
@@ -163,7 +174,8 @@ def show_text(manifest: Manifest, row: Row, state: str, results: Iterable[Result
     lines += _named("number of another paper", (_quote(quote) for quote in row.quotes))
     lines += _named("test", row.tests)
     lines += _named("command", row.commands)
-    lines += _needs(manifest, row)
+    lines += _named("configuration whose cost is measured", row.costs)
+    lines += _needs(manifest, row, data)
     lines += _named(
         "the papers contradict themselves", (" ".join(manifest.notes[key].split()) for key in row.notes)
     )
@@ -193,7 +205,7 @@ def _run(manifest: Manifest, run: Run, results: list[Result]) -> list[str]:
         if run.gpu_hours is not None
         else "unknown"
     )
-    facts = [("config", run.config), ("overrides", plain(run.overrides) if run.overrides else "none")]
+    facts = [("config", run.config), ("overrides", plain(run.overrides))]
     if isinstance(run, Experiment):
         head += f": {run.title}" if run.title else ""
         weights = f"weights {run.weights}" if run.weights else "none: random weights or those of its config"
@@ -202,6 +214,8 @@ def _run(manifest: Manifest, run: Run, results: list[Result]) -> list[str]:
         facts.append(("only tested", "yes" if run.finished else ""))
         facts.append(("baseline", title_of(manifest.experiments[run.baseline]) if run.baseline else ""))
         facts.append(("tables", ", ".join(run.tables)))
+        rerun = "the paper's own re-run" if run.rerun else ""
+        facts.append(("origin", ", ".join(filter(None, (run.origin, rerun)))))
     else:
         facts.append(("starts from", f"weights {run.weights}" if run.weights else ""))
     facts += [("data", ", ".join(run.data)), ("batch", str(run.batch or "")), ("GPU-hours", hours)]
@@ -211,15 +225,22 @@ def _run(manifest: Manifest, run: Run, results: list[Result]) -> list[str]:
     return [head, *_facts(*facts)]
 
 
-def _needs(manifest: Manifest, row: Row) -> list[str]:
+def _needs(manifest: Manifest, row: Row, root: str) -> list[str]:
     runs: list[Run] = [*manifest.experiments_of([row]), *manifest.pretrainings_of([row])]
-    data = dict.fromkeys(name for run in runs for name in run.data)
+    sets = {name: manifest.data[name] for run in runs for name in run.data}
     names = [*(run.weights for run in runs if run.weights), *row.weights]
     weights = [manifest.weights[name] for name in dict.fromkeys(names)]
     return [
-        *_named("data", (f"{name}: {plain(manifest.data[name])}" for name in data)),
+        *_named("data", (line for name, entry in sets.items() for line in _data_set(name, entry, root))),
         *_named("weights", (f"{w.name}: {w.file}; {w.how}; licence {w.licence}" for w in weights)),
     ]
+
+
+def _data_set(name: str, entry: Mapping[str, Any], root: str) -> list[str]:
+    """What a data set is found by, and what makes it."""
+    places = ", ".join(str(Path(root) / place) for place in entry.get("needs", ()))
+    how = re.sub(r"\bDATA\b", lambda _: root, str(entry.get("how", "")))
+    return [f"{name}" + (f": {places}" if places else ""), *([f"  to have it: {how}"] if how else [])]
 
 
 def _numbers(manifest: Manifest, row: Row, state: str, results: list[Result]) -> list[str]:
@@ -236,8 +257,7 @@ def _scale(report: RowReport, scale: str) -> list[str]:
     for group in (group for group in report.groups if not group.quoted and group.lines):
         lines.append(f"  {group.title}" + (f" (gains over {group.baseline})" if group.baseline else ""))
         for line in group.lines:
-            compared = line.difference is not None and scale == "full"
-            differs = f", difference {signed(line.difference)}" if compared else ""
+            differs = f", difference {signed(line.difference)}" if line.difference is not None else ""
             gains = [
                 f"{who} {signed(value, digits=digits)}"
                 for who, value, digits in (("paper", line.paper_gain, 1), ("ours", line.gain, 2))

@@ -42,8 +42,9 @@ class Result:
         pretraining: of an experiment, its name or empty.
         commit: of the project, with -dirty when files had changed; versions, hardware: of the machine.
         processes: how many trained; seconds: of wall time; command: as run; finished: time in ISO 8601.
-        protocol: crop, interpolation, layer, pooling, test size, scales, and what else decides a number.
-        metrics: by name, as the toolkit reports them.
+        protocol: crop, interpolation, layers, test size, scales, and what else decides a number; see `protocol_of`.
+        metrics: by name, as the toolkit reports them; undefined: names of those that have no finite value.
+        fingerprint: of everything that decides the outcome; see `Runner.fingerprint`.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Result:
     seconds: float = 0.0
     command: str = ""
     finished: str = ""
+    undefined: tuple[str, ...] = ()
+    fingerprint: str = ""
 
 
 class Results:
@@ -99,15 +102,92 @@ class Results:
         return [result for result in self.load(scale) if result.name == name]
 
 
+_AGAIN = "move it away and run again"
+_TEXTS = ("name", "kind", "scale", "config", "config_hash", "pretraining", "commit", "command", "finished")
+_MAPPINGS = ("metrics", "protocol", "overrides", "versions", "hardware")
+
+
 def read_result(path: Path) -> Result:
     """One file; ValueError in one sentence when it is no result."""
+    content = read_json(path, dict, _AGAIN)
+    try:
+        found = Result(**{**content, "undefined": tuple(content.get("undefined", ()))})
+    except TypeError as error:
+        reason = str(error).split("__init__() ")[-1]
+        raise ValueError(f"{path} is no result of this project ({reason}): {_AGAIN}") from None
+    kinds: dict[str, Any] = {
+        **dict.fromkeys((*_TEXTS, "fingerprint"), str),
+        **dict.fromkeys(_MAPPINGS, dict),
+        **dict.fromkeys(("seed", "processes"), int),
+        "seconds": (int, float),
+    }
+    if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(found, key), kind)]:
+        raise ValueError(
+            f"{path} is no result of this project ({', '.join(wrong)}: of another type): {_AGAIN}"
+        )
+    return found
+
+
+def read_json(path: Path, kind: type, remedy: str) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        kind: that it must be of, dict or list; remedy: what to do about a broken file, the end of the sentence.
+
+    Raises:
+        FileNotFoundError: one sentence with the file, which is not there.
+        ValueError: one sentence with the file, which is no JSON or of another kind, and the remedy.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Result(**content)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no result of this project ({error}): move it away and run again"
-        ) from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there: {remedy}") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no JSON file that can be read ({error}): {remedy}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds no JSON {'object' if kind is dict else 'list'}: {remedy}")
+    return content
+
+
+def read_costs(path: Path) -> dict[str, Any]:
+    """What benchmarks/cost.py wrote: {"runs": [{"config": ...}, ...], "hardware": ..., ...}.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence with the file and the remedy.
+    """
+    remedy = "write it with python benchmarks/cost.py CONFIG --out FILE"
+    content = read_json(path, dict, remedy)
+    runs = content.get("runs")
+    if not isinstance(runs, list) or not runs or not all(_is_cost(run) for run in runs):
+        raise ValueError(f"{path} holds no list of measured runs with their configurations: {remedy}")
+    hardware_of = content.get("hardware")
+    if not isinstance(hardware_of, Mapping) or not isinstance(hardware_of.get("gpus"), list):
+        raise ValueError(f"{path} does not say on which hardware it was measured: {remedy}")
+    return content
+
+
+def measured_costs(out: Path, scale: str) -> tuple[list[dict[str, Any]], dict[Path, str]]:
+    """What rows of a scale have cost, and sentences on files that hold nothing of the kind.
+
+    Raises:
+        ValueError: one sentence with a file that is no JSON.
+    """
+    found: list[dict[str, Any]] = []
+    bad: dict[Path, str] = {}
+    for path in sorted((out / scale / "costs").glob("*/costs.json")):
+        read_json(path, dict, "move it away and measure again")
+        try:
+            found.append(read_costs(path))
+        except ValueError as error:
+            bad[path] = f"{path} does not count: {str(error).removeprefix(f'{path} ')}"
+    return found, bad
+
+
+def _is_cost(run: Any) -> bool:
+    """Whether an entry names its configuration and its hours are a number, if it has any."""
+    if not isinstance(run, Mapping) or not isinstance(run.get("config"), str):
+        return False
+    return run.get("gpu_hours") is None or type(run["gpu_hours"]) in (int, float)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -79,7 +79,7 @@ def test_every_row_is_listed_and_shown() -> None:
 def test_a_plan_names_what_is_missing_and_what_it_costs(tmp_path: Path) -> None:
     plan = reproduce("plan", "20", "--nodes", 2, "--gpus", 8, "--launcher", "slurm", "--data", tmp_path)
     assert "srun --nodes=2 --ntasks-per-node=8 --cpus-per-task=8 --gpus-per-node=8" in plan
-    assert "data imagenet: MISSING: python tools/prepare_data.py imagenet" in plan
+    assert "data imagenet: MISSING: train/*/*.JPEG missing; python tools/prepare_data.py imagenet" in plan
     assert "pretrain/mask_jepa_R50/seed_0: 100.0 (Mask-JEPA, table 8)" in plan
 
 

@@ -148,6 +148,21 @@ def test_batches_are_those_of_the_configurations():
         assert merged(run.config, "SOLVER", "IMS_PER_BATCH") == run.batch, run.name
 
 
+def test_a_process_holds_no_more_images_than_the_configuration_has():
+    """Of pre-trainings, which accumulate the rest; what cannot accumulate has to hold them all."""
+    config = pytest.importorskip("mmengine.config").Config
+    held = {}
+    for run in manifest().pretrainings.values():
+        if run.toolkit == "mmengine":
+            most = run.images_per_gpu or manifest().family(run.config).images_per_gpu
+            batch_size = config.fromfile(config_root() / run.config).train_dataloader.batch_size
+            assert most <= batch_size, run.name
+            held[run.name] = most
+    assert held["dmt_jepa_vit_huge16"] == held["dmt_jepa_vit_huge14"] == 128
+    for run in detectron2_runs():
+        assert (run.images_per_gpu or manifest().family(run.config).images_per_gpu) <= run.batch, run.name
+
+
 def test_data_are_those_of_the_configurations():
     """What a run needs is what `prepare_data.py check` says of the data set that its configuration names."""
     for run in detectron2_runs():
@@ -219,10 +234,67 @@ def test_hours_have_a_source():
         assert manifest().pretrainings[name].gpu_hours == pytest.approx(hours, abs=0.06)
 
 
+def length(run: Run) -> int:
+    """Of a pre-training: images of all its steps, or where a configuration counts epochs its recipe's steps."""
+    if run.toolkit == "detectron2":
+        return merged(run.config, "SOLVER", "MAX_ITER") * run.batch
+    config = pytest.importorskip("mmengine.config").Config.fromfile(config_root() / run.config)
+    return config.train_cfg.recipe.steps * run.batch
+
+
+def test_scaled_hours_are_those_of_the_other_run_times_what_is_said():
+    ways = Counter()
+    for run in manifest().pretrainings.values():
+        if "scaled" not in run.hours_source:
+            continue
+        name, way, number = re.match(r"scaled from (\S+) by (.+) \(x ([\d.]+)", run.hours_source).groups()
+        other, factor = manifest().pretrainings[name], float(number)
+        assert run.gpu_hours == pytest.approx(factor * other.gpu_hours, rel=1e-3), run.name
+        origin = run.hours_source.rsplit(": ", 1)[-1]
+        assert origin in other.hours_source, run.name
+        if way == "length":
+            assert length(run) / length(other) == pytest.approx(factor, rel=1e-3), run.name
+        ways[way.split()[0]] += 1
+    assert ways["length"] > 30 and set(ways) == {"length", "multiply-adds", "patches", "time"}
+
+
+def test_every_table_that_hours_come_from_names_its_paper():
+    for run in runs():
+        tables = re.findall(r"([\w-]*),? ?table \w", run.hours_source)
+        assert set(tables) <= {"Mask-JEPA", "DMT-JEPA"}, run.name
+
+
+def test_the_papers_test_size_stands_beside_the_rows_that_it_touches():
+    for number in (81, 99):
+        assert "test_size" in manifest().row(number).notes
+    note = " ".join(manifest().notes["test_size"].split())
+    assert "INPUT.MIN_SIZE_TEST 800 INPUT.MAX_SIZE_TEST 1333" in note and "1024" in note
+    config = manifest().experiments["coco_mask_rcnn_vit_base16_dmt_jepa"].config
+    assert merged(config, "INPUT", "MIN_SIZE_TEST") == 1024
+
+
+def test_the_document_lists_the_rows_that_have_a_quick_version():
+    only = set(manifest().scale_data["quick"]["only"])
+    rows = {
+        number
+        for number, row in manifest().rows.items()
+        if row.kind == "run"
+        and not row.waits_for
+        and (row.costs or only & {*row.experiments, *row.pretrainings})
+    }
+    text = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    listed = set()
+    for part in re.search(r"- \*\*quick\*\*.*?rows ([\d, to\n]+)", text)[1].replace("\n", " ").split(","):
+        numbers = [int(number) for number in re.findall(r"\d+", part)]
+        listed |= set(range(numbers[0], numbers[-1] + 1))
+    assert listed == rows
+
+
 def test_licences_of_public_weights_are_named():
     for weights in manifest().weights.values():
         assert weights.licence != "unknown" and "https://" in weights.how, weights.name
-        assert weights.file in weights.how or weights.file.startswith("detectron2://"), weights.name
+        assert weights.file in weights.how and "://" not in weights.file, weights.name
+        assert not weights.url or weights.url.replace("detectron2://", "") in weights.how, weights.name
     non_commercial = {name for name, item in manifest().weights.items() if item.licence == "CC BY-NC 4.0"}
     assert {"ijepa_vit_huge14", "mae_vit_base16", "mae_vit_large16", "vicregl_R50"} <= non_commercial
 
@@ -344,6 +416,50 @@ def test_numbers_of_one_model_stay_together(printed):
     assert checked > 25
 
 
+def test_every_quoted_number_has_a_source():
+    quotes = [(row, quote) for row in manifest().rows.values() for quote in row.quotes]
+    assert len(quotes) > 40
+    for row, quote in quotes:
+        assert quote.source, (row.number, quote.label)
+        if quote.source.startswith("as printed in DMT-JEPA"):  # and then in its own tables
+            shown = re.findall(r"[A-Z]\.\d|\b\d", quote.source.split(", table")[1])
+            assert shown == [table.removeprefix("DMT ").removeprefix("T") for table in quote.tables]
+
+
+def test_the_papers_re_runs_are_marked(shared):
+    """What table 1 to 3 print with a * is a re-run, and so is trained by the paper; the zoo's numbers are not."""
+    path = shared / "design" / "COVERAGE.md"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    part = path.read_text(encoding="utf-8").split("### C.1")[1].split("### C.2")[0]
+    known: dict[str, set[float]] = {}
+    for line in re.findall(r"^\| (?:T1|T2|T3) \|.*\|$", part, re.MULTILINE):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        base = cells[4]
+        known.setdefault(f"MJ {cells[0]}", set()).update(map(float, re.findall(r"(\d+\.\d+)\*", base)))
+    assert sum(map(len, known.values())) == 25
+    marked = [e for e in manifest().experiments.values() if e.rerun]
+    for table, starred in known.items():
+        values = {v for e in marked if table in e.tables for v in e.metrics.values()}
+        assert starred <= values and values - starred <= {41.9, 61.5}, table  # the rest of a marked model
+    rows = manifest().rows.values()
+    for experiment in manifest().experiments.values():
+        theirs = {o for row in rows if experiment.name in row.experiments for o in row.origin}
+        origin = {experiment.origin} if experiment.origin else theirs
+        if experiment.rerun:
+            assert origin == {"TRAIN"} and not experiment.finished, experiment.name
+        if experiment.metrics and experiment.name != "cityscapes_panoptic_deeplab_zoo":
+            assert len(origin) == 1, experiment.name
+        if experiment.metrics and experiment.finished:
+            assert "ZOO" in origin, experiment.name
+
+
+def test_other_pretrainings_stand_beside_the_one_that_they_are_compared_with():
+    for number in (3, 4):
+        names = manifest().row(number).experiments
+        assert {f"ade20k_{task}_R50_mask_jepa" for task in ("panoptic", "instance", "semantic")} <= set(names)
+
+
 def test_ablations_have_their_own_numbers_in_order(printed):
     lines = [line for line in printed if line.table in ("MJ T5", "MJ T6")]
     assert len(lines) == 6
@@ -454,6 +570,7 @@ def test_the_small_manifest_is_read(tmp_path):
         ("experiments: [base, e]", "experiments: [base, f]", ["row 1 names 'f'", "experiments"]),
         ("where: MJ T1", "weights: R51", ["row 1 names 'R51'", "weights"]),
         ("where: MJ T1", "origin: GUESS", ["row 1 names 'GUESS'", "origins"]),
+        ("baseline: base", "origin: GUESS", ["e names 'GUESS'", "origins"]),
         ("paper: dmt_jepa", "paper: mae", ["row 2 names 'mae'", "papers"]),
         ("kind: quote", "kind: rumour", ["row 2", "'rumour'", "quote"]),
         ("kind: quote", "kind: figure", ["row 2 is a figure", "commands"]),

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reproduction_small import small_manifest
 
-from jepa_plugins.reproduction.manifest import ManifestError, load_manifest
+from jepa_plugins.reproduction.manifest import Experiment, ManifestError, Weights, load_manifest
+from jepa_plugins.reproduction.needs import Stock, hours_of, needs_of
 from jepa_plugins.reproduction.plan import (
     Choice,
     Machine,
@@ -19,8 +20,6 @@ from jepa_plugins.reproduction.plan import (
     Stage,
     config_chain,
     config_hash,
-    hours_of,
-    needs_of,
 )
 
 OUT, DATA = Path("/out"), Path("/data")
@@ -177,6 +176,9 @@ def test_rows_without_runs_say_so(row, sentence) -> None:
         ((0, 1), "0 nodes"),
         ((1, 2, "mpi"), "launcher 'mpi' is unknown"),
         ((2, 0), "2 processes need --launcher torchrun or slurm"),
+        ((1, 1, "plain", 0), "--images-per-gpu is a number from 1 on, got 0"),
+        ((1, 1, "plain", -3), "--images-per-gpu is a number from 1 on, got -3"),
+        ((1, 1, "plain", None, 0), "--cpus-per-task is a number from 1 on, got 0"),
     ],
 )
 def test_impossible_machines(arguments, sentence) -> None:
@@ -195,25 +197,145 @@ def test_the_hash_covers_the_bases() -> None:
         config_chain("detectron2/absent.yaml")
 
 
-def test_needs_and_hours(tmp_path: Path) -> None:
-    manifest = small_manifest()
-    stages = plan(2, seeds=(0, 1, 2), pretraining_seeds=True)
-    needs = {need.name: need for need in needs_of(manifest, stages, tmp_path, tmp_path)}
-    assert not needs["imagenet"].there and needs["imagenet"].how == "unpack it"
-    assert needs["r50"].what == "weights" and not needs["r50"].there
+def planner_in(root: Path, **more) -> Planner:
+    return Planner(small_manifest(), Choice(OUT, root, root=root, **more))
+
+
+def test_what_is_missing(tmp_path: Path) -> None:
+    planner = planner_in(tmp_path)
+    stages = planner.plan([planner.manifest.row(2)])
+    data, weights = needs_of(planner, stages)
+    assert (data.name, data.there, data.what) == ("imagenet", False, "data")
+    assert str(data) == f"data imagenet: MISSING: no {tmp_path}/imagenet/train; unpack it"
+    assert str(weights).startswith(
+        "weights r50: MISSING: no R-50.pkl; download it; or name another place with "
+    )
     (tmp_path / "imagenet" / "train").mkdir(parents=True)
     (tmp_path / "R-50.pkl").write_text("weights")
-    assert all(need.there for need in needs_of(manifest, stages, tmp_path, tmp_path))
+    assert all(need.there for need in needs_of(planner, stages))
+
+
+def test_data_are_counted_by_the_check_that_the_manifest_names(tmp_path: Path) -> None:
+    planner = planner_in(tmp_path)
+    planner.manifest.data["imagenet"]["check"] = "imagenet_files"
+    (tmp_path / "imagenet" / "train").mkdir(parents=True)
+    stages = planner.plan([planner.manifest.row(1)])
+    asked = []
+
+    def check(name: str, root: Path) -> Stock:
+        asked.append((name, root))
+        return Stock(4, ("train/*/*.JPEG 4 of 1,281,167 files",))
+
+    need = needs_of(planner, stages, check)[0]
+    assert asked == [("imagenet_files", tmp_path)]
+    assert str(need) == "data imagenet: MISSING: train/*/*.JPEG 4 of 1,281,167 files; unpack it"
+    whole = needs_of(planner, stages, lambda name, root: Stock(1281167))[0]
+    assert whole.there and str(whole) == "data imagenet: there, 1,281,167 files"
+
+
+def test_weights_are_read_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    url = "detectron2://ImageNetPretrained/R-50.pkl"
+
+    def read(**more) -> tuple[str, str, str]:
+        planner = planner_in(tmp_path, **more)
+        planner.manifest.weights["r50"] = Weights("r50", "checkpoints/R-50.pkl", "download it", url=url)
+        (stage,) = planner.plan([planner.manifest.row(8)])
+        return options(stage)["MODEL.WEIGHTS"], str(needs_of(planner, [stage])[-1]), stage.identity
+
+    fetched, said, identity = read()
+    assert fetched == url and said == "weights r50: fetched when it is needed"
+    cached = tmp_path / "cache" / "detectron2" / "ImageNetPretrained" / "R-50.pkl"
+    cached.parent.mkdir(parents=True)
+    cached.write_text("weights")
+    assert read()[1] == "weights r50: there, fetched before"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "R-50.pkl").write_text("weights")
+    assert read()[:2] == ("checkpoints/R-50.pkl", "weights r50: there, checkpoints/R-50.pkl")
+    elsewhere = read(weights={"r50": "/mine/R-50.pkl"})
+    assert elsewhere[0] == "/mine/R-50.pkl" and "MISSING: no /mine/R-50.pkl" in elsewhere[1]
+    assert read()[2] == elsewhere[2] == identity  # where a file lies makes no other run
+    with pytest.raises(ManifestError, match="--weights names r51: the manifest knows r50"):
+        planner_in(tmp_path, weights={"r51": "x"})
+
+
+def test_hours_have_a_source_or_say_how_to_measure() -> None:
+    manifest = small_manifest()
+    stages = plan(2, seeds=(0, 1, 2), pretraining_seeds=True)
     hours = {run.name: run for run in hours_of(stages)}
     first = hours["pretrain/mask_jepa/seed_2"]
     assert (first.hours, first.source) == (100.0, "table 8")
-    assert len(hours) == 3 + 3 + 3 and hours["experiment/tuned/seed_0"].hours is None
+    assert len(hours) == 3 + 3 + 3
+    unknown = str(hours["experiment/tuned/seed_0"])
+    assert unknown.endswith("no public figure; measure with benchmarks/cost.py and --costs")
     config = manifest.experiments["tuned"].config
     costs = [
         {"hardware": {"gpus": ["A card"]}, "runs": [{"config": config, "gpu_hours": 7.0}, {"config": "x"}]}
     ]
     measured = {run.name: run for run in hours_of(stages, costs)}["experiment/tuned/seed_1"]
     assert (measured.hours, measured.source) == (7.0, "measured on A card")
+
+
+def test_a_component_that_names_pretrainings_is_planned() -> None:
+    manifest = small_manifest()
+    manifest.rows[5] = replace(manifest.rows[5], pretrainings=("mask_jepa", "dmt_jepa"))
+    stages = Planner(manifest, Choice(OUT, DATA)).plan([manifest.row(5)])
+    assert [stage.name for stage in stages] == ["pretrain/mask_jepa/seed_0", "pretrain/dmt_jepa/seed_0"]
+
+
+def test_every_pretraining_that_does_not_wait_is_planned_by_a_row() -> None:
+    manifest = load_manifest()
+    planner = Planner(manifest, Choice(OUT, DATA))
+    for row in manifest.rows.values():
+        try:
+            planner.plan([row])
+        except ManifestError:
+            continue  # nothing to run, or it waits
+    ready = {name for name, run in manifest.pretrainings.items() if not run.waits_for}
+    assert ready == {stage.run.name for stage in planner.stages.values() if stage.kind == "pretrain"}
+
+
+def test_public_models_are_evaluated_once_however_many_seeds() -> None:
+    assert [stage.name for stage in plan(8, seeds=(0, 1, 2))] == ["experiment/zoo/seed_0"]
+
+
+def test_what_a_scale_does_not_have_is_left_out_by_name() -> None:
+    manifest = small_manifest()
+    manifest.rows[3] = replace(manifest.rows[3], pretrainings=("mask_jepa",))
+    planner = Planner(manifest, Choice(OUT, DATA, "quick"))
+    assert [stage.name for stage in planner.plan([manifest.row(3)])] == ["pretrain/mask_jepa/seed_0"]
+    assert planner.left_out == {"no_decoder": "has no quick version"}
+
+
+def with_batches(batch: int) -> Planner:
+    manifest = small_manifest()
+    tuned: Experiment = replace(manifest.experiments["tuned"], batch=batch)
+    manifest.experiments["tuned"] = tuned
+    return Planner(manifest, Choice(OUT, DATA, machine=Machine(4, 8, "slurm")))
+
+
+def test_fine_tuning_takes_as_many_gpus_as_divide_its_batch_and_pretraining_all() -> None:
+    planner = with_batches(16)
+    stages = {stage.kind: stage for stage in planner.plan([planner.manifest.row(2)])}
+    tuned = stages["experiment"]
+    assert "--nodes=4 --ntasks-per-node=8" in stages["pretrain"].shell() and not stages["pretrain"].note
+    assert "--nodes=2 --ntasks-per-node=8" in tuned.shell() and tuned.machine.processes == 16
+    assert tuned.note == "on 2 x 8 of the 4 x 8 GPUs: its batch of 16 divides among no more"
+    manifest = small_manifest()
+    planner = Planner(manifest, Choice(OUT, DATA, machine=Machine(gpus=12, launcher="torchrun")))
+    with pytest.raises(ManifestError, match="32 images .* 12 processes; .* is 8: --nodes 1 --gpus 8"):
+        planner.plan([manifest.row(1)])
+
+
+@given(nodes=st.integers(1, 8), gpus=st.integers(1, 9), batch=st.integers(1, 70))
+def test_the_largest_part_of_a_machine(nodes: int, gpus: int, batch: int) -> None:
+    part = Machine(nodes, gpus, "slurm").dividing(batch)
+    assert batch % part.processes == 0 and part.nodes <= nodes and part.gpus <= gpus
+    better = [n * g for n in range(1, nodes + 1) for g in range(1, gpus + 1) if batch % (n * g) == 0]
+    assert part.processes == max(better)
+    assert not any(
+        n < part.nodes and n * g == part.processes for n in range(1, nodes) for g in range(1, gpus + 1)
+    )
 
 
 def test_what_cannot_accumulate_says_so() -> None:
@@ -251,7 +373,7 @@ def test_runs_that_wait_are_left_out_by_name() -> None:
     manifest.experiments["base"] = replace(manifest.experiments["base"], waits_for="rain")
     planner = Planner(manifest, Choice(OUT, DATA))
     assert "experiment/base/seed_0" not in [stage.name for stage in planner.plan([manifest.row(2)])]
-    assert planner.left_out == {"base": "rain"}
+    assert planner.left_out == {"base": "waits for rain"}
 
 
 def test_the_projects_own_plans_keep_every_recipes_batch() -> None:

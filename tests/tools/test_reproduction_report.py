@@ -6,7 +6,9 @@ import io
 import math
 import re
 import sys
+import tempfile
 from html.parser import HTMLParser
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from jepa_plugins.reproduction import report, report_html
 from jepa_plugins.reproduction.manifest import Manifest, ManifestError, load_manifest
 from jepa_plugins.reproduction.plots import draw_figure_1, figure_1_bars
-from jepa_plugins.reproduction.report_cells import number, signed
+from jepa_plugins.reproduction.report_cells import number, ours_text, signed
 from jepa_plugins.reproduction.report_rows import Line, RowReport, metric_label, report_rows, sections
 from jepa_plugins.reproduction.results import Result
 
@@ -69,7 +71,14 @@ def content() -> dict:
     }
     mj = {"paper": ["mask_jepa"], "origin": ["TRAIN"], "toolkits": ["detectron2"], "where": ["4.1"]}
     rows = {
-        16: {**mj, "item": "Cost report", "kind": "run", "pretrainings": ["mj"]},
+        1: {**mj, "item": "pre-training", "kind": "run", "pretrainings": ["mj"]},
+        16: {
+            **mj,
+            "item": "Cost report",
+            "kind": "run",
+            "costs": ["detectron2/pre.yaml", "detectron2/fine.yaml"],
+            "quotes": [{"label": "MJ R50", "metrics": {"cost/gpu_hours": 100.0}, "tables": ["MJ T8"]}],
+        },
         18: {**mj, "item": "panoptic", "kind": "run", "experiments": ["jepa_pan"]},
         20: {**mj, "item": EVIL, "kind": "run", "experiments": ["jepa_sem"], "notes": ["re_run"]},
         36: {
@@ -107,10 +116,21 @@ def content() -> dict:
     }
     return {
         "families": {
-            "pre": {"match": ["*/pre*"], "launcher": "train_net", "seed_key": "SEED", "pretrains": True},
+            "pre": {
+                "match": ["*/pre*"],
+                "launcher": "train_net",
+                "seed_key": "SEED",
+                "pretrains": True,
+                "quick_config": "detectron2/quick/pre.yaml",
+            },
             "fine": {"match": ["*"], "launcher": "train_net", "seed_key": "SEED"},
         },
-        "data": {"ade20k": {"how": "python tools/prepare_data.py ade20k", "needs": ["ADEChallengeData2016"]}},
+        "data": {
+            "ade20k": {
+                "how": "python tools/prepare_data.py ade20k --out DATA/ADE",
+                "needs": ["ADEChallengeData2016"],
+            }
+        },
         "weights": {"zoo": {"file": "weights/zoo.pkl", "how": "from the zoo", "licence": "CC BY-NC 4.0"}},
         "pretrainings": {"mj": {"config": "detectron2/pre.yaml", "overrides": {"SOLVER.MAX_ITER": 187500}}},
         "experiments": experiments,
@@ -226,6 +246,52 @@ def test_tables_keep_the_papers_apart_and_an_experiment_once(manifest):
     order = list(entries)
     assert order.index("M2F semantic") < order.index(f"M2F + MJ {EVIL}")
     assert {entry.group.title: entry.numbers for entry in found[1].entries} == {f"M2F + MJ {EVIL}": "55"}
+
+
+@pytest.mark.parametrize("scale", ["smoke", "quick", "full"])
+def test_differences_are_those_of_the_papers_recipe(manifest, scale):
+    results = [result("jepa_sem", {MIOU: 44.25}, scale=scale), result("base_sem", {MIOU: 40.0}, scale=scale)]
+    found = report.build_report(manifest, results, scale, STATES)
+    line = line_of(found.rows, 20, MIOU)
+    assert line.gain == 4.25 and line.difference == (pytest.approx(-4.05) if scale == "full" else None)
+    for shown in (
+        report.markdown(found),
+        Page(report.html(found)).text,
+        report.show_text(manifest, manifest.row(20), "state", results),
+    ):
+        assert ("\u22124.05" in shown) == (scale == "full") and "44.25" in shown and "+4.25" in shown
+
+
+def test_what_an_evaluation_leaves_undefined_is_no_missing_result(manifest):
+    results = [result("jepa_pan", {PQ: 0.0}, scale="smoke", undefined=(AP, "segm/AP-wall"))]
+    results += [result("zoo", {}, scale="smoke", undefined=("segm/APs",))]
+    found = report.build_report(manifest, results, "smoke", STATES)
+    line = line_of(found.rows, 18, AP)
+    assert line.ours is None and line.undefined == 1 and line.difference is None
+    assert line_of(found.rows, 96, "segm/APs").undefined == 1
+    assert {row.row.number: row.summary for row in found.rows}[96] == "1 of 1 runs"
+    for shown in (report.markdown(found), Page(report.html(found)).text):
+        assert "undefined (1 seed)" in shown and "AP-wall" not in shown
+    both = [*results, result("jepa_pan", {PQ: 1.0, AP: 2.0}, 1, "smoke")]
+    rows = report_rows(manifest, both, "smoke", STATES, [manifest.row(18)])
+    assert ours_text(line_of(rows, 18, AP), rows[0].groups[0]) == "2.00 (1 seed; 1 seed undefined)"
+
+
+def test_origin_is_that_of_the_experiments_numbers():
+    changed = content()
+    changed["rows"][38]["origin"] = ["ZOO", "TRAIN"]
+    changed["experiments"]["base_pan"]["origin"] = "ZOO"
+    changed["experiments"]["base_sem"] |= {"origin": "TRAIN", "rerun": True}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "reproduction.yaml"
+        path.write_text(yaml.safe_dump(changed, sort_keys=False), encoding="utf-8")
+        manifest = load_manifest(path)
+    found = report.build_report(manifest, full_results(), "full", STATES)
+    origins = {entry.group.name: entry.origin for part in sections(found.rows) for entry in part.entries}
+    assert origins["base_pan"] == "ZOO" and origins["base_sem"] == "TRAIN*"
+    assert origins["jepa_sem"] == "TRAIN" and origins[""] == "QUOTE"
+    assert origins["zoo"] == "not in the paper"  # which reports no number of it
+    assert "| TRAIN\\* |" in report.markdown(found) and "TRAIN*;" in Page(report.html(found)).text
 
 
 def test_labels_tell_tasks_apart():
@@ -349,17 +415,18 @@ def test_page_and_markdown_show_the_same_numbers(manifest, pages):
     [("smoke", "its numbers mean nothing"), ("quick", "not comparable with the papers' numbers")],
 )
 def test_small_scales_say_so_in_every_title(manifest, scale, words):
-    rows = [manifest.row(number) for number in (18, 20, 96)]
+    rows = [manifest.row(number) for number in (16, 18, 20, 96)]
     found = report.build_report(manifest, [result("jepa_sem", {MIOU: 2.0}, scale=scale)], scale, STATES, rows)
-    headings = [
-        line
-        for line in report.markdown(found).splitlines()
-        if re.match(r"# |### Mask|### DMT|## Figure", line)
-    ]
-    assert len(headings) == 5 and all(words in heading for heading in headings)
+    headings = [line for line in report.markdown(found).splitlines() if re.match(r"# |### |## [FCAR]", line)]
+    assert len(headings) == 9 and all(words in heading for heading in headings)
     text = report.html(found)
-    captions = re.findall(r"<caption>(.*?)</caption>", text)
-    assert len([c for c in captions if words.replace("'", "&#x27;") in c]) == len(sections(found.rows))
+    escaped = words.replace("'", "&#x27;")
+    for tag in ("caption", "h1", "h2", "h3", "figcaption", "summary"):
+        shown = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", text, re.DOTALL)
+        shown = [title for title in shown if not title.startswith(("jepa_sem, seed", "Other config"))]
+        assert shown and all(escaped in title for title in shown), tag
+    assert all(escaped in label for label in re.findall(r'<svg[^>]*aria-label="(.*?)"', text))
+    assert f"ours ({scale})" in text
     assert words in Page(text).text and f"Scale {scale}" in text
     assert words not in report.markdown(report.build_report(manifest, [], "full", STATES))
 
@@ -403,8 +470,9 @@ def test_costs_stand_in_both(manifest, pages):
         "parts": {"backbone": 1},
     }
     measured |= {"seconds_per_step": 0.25, "seconds_per_step_low": 0.24, "seconds_per_step_high": 0.31}
+    twin = {"config": "detectron2/quick/pre.yaml", "parameters": 4321}  # no measurement of the recipe
     other = {"config": "mmseg/quick.py", "error": "its <data> is not there"}
-    costs = [{"commit": "ab" * 20, "hardware": {"cores": 2}, "threads": 1, "runs": [measured, other]}]
+    costs = [{"commit": "ab" * 20, "hardware": {"cores": 2}, "threads": 1, "runs": [measured, twin, other]}]
     found = report.build_report(manifest, [], "full", STATES, [manifest.row(16)], costs)
     for shown in (
         Page(report.html(found)).text,
@@ -412,7 +480,8 @@ def test_costs_stand_in_both(manifest, pages):
     ):
         assert "47,012,345" in shown and "0.25 (0.24\u20130.31)" in shown and "abababababab" in shown
         assert "Other configurations" in shown and "its <data> is not there" in shown
-        assert "GPU-hours" not in shown and "no measurement" not in shown
+        assert "no measurement" not in shown and "GPU-hours 100" in shown
+        assert shown.index("47,012,345") < shown.index("Other configurations") < shown.index("4,321")
     without = report.build_report(manifest, [], "full", STATES)
     assert "Ours: no measurement yet." in report.markdown(without)
     assert "Ours: no measurement yet." in pages["without"]
@@ -421,10 +490,24 @@ def test_costs_stand_in_both(manifest, pages):
 def test_write_leaves_two_files(manifest, pages, tmp_path):
     rows = [manifest.row(36)]
     written = report.write(manifest, [], "full", STATES, rows, [], tmp_path / "new")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html", "report.md"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "report_rows_36.html",
+        "report_rows_36.md",
+    }
     page = Page(written[1].read_text(encoding="utf-8"))
     assert "All 1 rows" in page.text and "Figure 1" not in page.text
-    assert "9 rows were not asked for" in page.text and "not asked for" not in pages["with"]
+    assert "10 rows were not asked for" in page.text and "not asked for" not in pages["with"]
+
+
+def test_a_report_on_some_rows_leaves_the_full_one_alone(manifest, tmp_path):
+    def names(*numbers: int) -> list[str]:
+        rows = [manifest.row(number) for number in numbers] or None
+        return [path.name for path in report.write(manifest, [], "full", STATES, rows, [], tmp_path)]
+
+    assert names() == ["report.md", "report.html"] == names(*manifest.rows)
+    assert names(20, 18, 36) == ["report_rows_18_20_36.md", "report_rows_18_20_36.html"]
+    assert names(96, 97, 16) == ["report_rows_16_96-97.md", "report_rows_16_96-97.html"]
+    assert f"All {len(manifest.rows)} rows" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 # --- the terminal
@@ -433,7 +516,7 @@ def test_write_leaves_two_files(manifest, pages, tmp_path):
 def test_list_has_every_row_and_filters(manifest):
     lines = report.list_table(manifest, STATES).splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == [str(row) for row in manifest.rows]
-    assert lines[-1] == "10 of 10 rows" and EVIL in lines[3]
+    assert lines[-1] == "11 of 11 rows" and EVIL in lines[4]
 
     def rows(**filters: str) -> list[int]:
         text = report.list_table(manifest, STATES, filters).splitlines()[1:-1]
@@ -477,7 +560,9 @@ def test_show_has_everything_of_a_run(manifest):
         result("jepa_sem", {MIOU: 2.5}, scale="quick"),
         result("base_sem", {MIOU: 46.5}),
     ]
-    text = report.show_text(manifest, manifest.row(20), "full run", results)
+    checks = "2 of 2 configurations build"
+    text = report.show_text(manifest, manifest.row(20), "full run", results, checks, "/data")
+    assert "DATA" not in text and "needs" not in text
     for part in (
         "experiment jepa_sem",
         "detectron2/fine.yaml",
@@ -486,6 +571,8 @@ def test_show_has_everything_of_a_run(manifest):
         "prepare_data.py ade20k",
         "paper 48.3 \u00b1 0.12, ours 48.50 (48.50\u201348.50, 2 seeds), difference +0.20",
         "gain paper +1.7 and ours +2.00",
+        "checked:       2 of 2 configurations build",
+        "ade20k: /data/ADEChallengeData2016\n    to have it: python tools/prepare_data.py ade20k --out /data/ADE",
         "scale quick (not comparable with the paper's)",
         "ours 2.50 (1 seed)",
         "The gain is +1.7 over the re-run.",
@@ -504,7 +591,8 @@ def test_show_of_the_other_kinds(manifest):
         "zoo: weights/zoo.pkl; from the zoo; licence CC BY-NC 4.0" in show[96] and "only tested" in show[96]
     )
     assert "waits for:     label propagation" in show[97] and "licence CC BY-NC 4.0" in show[97]
-    assert "SOLVER.MAX_ITER 187500" in show[16]
+    assert "SOLVER.MAX_ITER 187500" in show[1]
+    assert "cost is measured:\n  detectron2/pre.yaml\n  detectron2/fine.yaml" in show[16]
 
 
 # --- the project's own manifest
@@ -524,3 +612,29 @@ def test_the_projects_manifest_is_shown_in_full(monkeypatch):
     assert report.markdown(found).count("no result yet") > 100
     for row in manifest.rows.values():
         assert report.show_text(manifest, row, "unchecked").startswith(f"row {row.number}: ")
+
+
+@pytest.mark.parametrize("scale", ["full", "quick"])
+@pytest.mark.parametrize("number", [16, 78])
+def test_measured_costs_reach_the_projects_rows(monkeypatch, number, scale):
+    manifest = load_manifest()
+    monkeypatch.setattr(report_html, "_can_plot", lambda: False)
+    row = manifest.row(number)
+    configs = row.costs if scale == "full" else manifest.costs_of(row, scale)
+    entries = [{"config": c, "parameters": 7_000_001 + i} for i, c in enumerate(configs)]
+    costs = [{"commit": "c", "hardware": {"gpus": []}, "runs": [*entries, {"config": "other.yaml"}]}]
+    found = report.build_report(manifest, [], scale, {}, [row], costs)
+    assert [entry["config"] for entry in found.rows[0].costs] == list(configs) and configs
+    assert found.rows[0].summary == f"{len(configs)} measured"
+    assert [entry["config"] for entry in found.other_costs] == ["other.yaml"]
+    for shown in (report.markdown(found), Page(report.html(found)).text):
+        assert "no measurement" not in shown
+        assert f"Row {number}" in shown and shown.index("7,000,001") < shown.index("Other configurations")
+
+
+def test_no_data_set_is_shown_as_the_manifest_writes_it():
+    manifest = load_manifest()
+    for row in manifest.rows.values():
+        text = report.show_text(manifest, row, "unchecked", (), "", "/sets")
+        assert not re.search(r"\bDATA\b", text), row.number
+        assert not any(part in text for part in ("check ade20k", "root ade", "needs ")), row.number

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +18,7 @@ from reproduction_small import project, small_manifest
 
 from jepa_plugins.reproduction.plan import Choice, Machine, Planner, config_hash
 from jepa_plugins.reproduction.results import Result, Results, commit_of, read_result, summarise, write_json
-from jepa_plugins.reproduction.runner import Runner, StageError
+from jepa_plugins.reproduction.runner import Interrupted, Runner, StageError
 from jepa_plugins.reproduction.state import BUILDS, States, has_test, has_tool
 
 
@@ -47,6 +53,7 @@ def test_results_hold_what_a_reader_asks_for(place: Path) -> None:
     tuned = results["tuned"]
     assert tuned.metrics == {"sem_seg/mIoU": 40.0} and tuned.pretraining == "mask_jepa"
     assert tuned.config_hash == config_hash(tuned.config) and tuned.commit == "c1"
+    assert tuned.fingerprint and tuned.fingerprint != results["base"].fingerprint
     assert tuned.versions["torch"] and tuned.hardware["cores"] >= 1 and tuned.finished.endswith("+00:00")
     assert tuned.overrides["SEED"] == 0 and "tools/train_net.py" in tuned.command
     assert results["mask_jepa"].kind == "pretraining" and results["mask_jepa"].metrics == {}
@@ -164,6 +171,176 @@ def test_two_processes_do_not_run_one_stage(place: Path) -> None:
         runner.run(stages)
 
 
+# A tool that writes its process and that of a child, and trains until somebody ends it.
+ENDLESS = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open(os.environ["CALLS"] + ".tmp", "w") as file:
+    file.write(f"{os.getpid()} {child.pid}")
+os.rename(os.environ["CALLS"] + ".tmp", os.environ["CALLS"])
+time.sleep(600)
+"""
+RUN_ROW_1 = """
+import sys
+from pathlib import Path
+from reproduction_small import small_manifest
+from jepa_plugins.reproduction.plan import Choice, Planner
+from jepa_plugins.reproduction.runner import Interrupted, Runner
+place, manifest = Path(sys.argv[1]), small_manifest()
+planner = Planner(manifest, Choice(place / "out", place / "data"))
+try:
+    Runner(planner, place / "project").run(planner.plan([manifest.row(1)]))
+except Interrupted as interrupted:
+    print(interrupted)
+    sys.exit(interrupted.exit_code)
+"""
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "nothing happened for a minute"
+        time.sleep(0.05)
+
+
+def runs_still(process: int) -> bool:
+    """Whether a process is there, and not only its exit code."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def endless(place: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A runner in a process of its own, and the processes of its training."""
+    (place / "project" / "tools" / "train_net.py").write_text(ENDLESS)
+    root = Path(__file__).resolve().parents[2]
+    paths = os.pathsep.join((str(root), str(root / "tests" / "tools")))
+    runner = subprocess.Popen(
+        [sys.executable, "-c", RUN_ROW_1, str(place)],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    until((place / "calls.txt").is_file)
+    training = [int(word) for word in (place / "calls.txt").read_text().split()]
+    yield runner, training
+    runner.kill()
+    runner.wait()
+    for process in filter(runs_still, training):
+        os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_runner_that_is_told_to_end_ends_its_training(place: Path, endless, number) -> None:
+    runner, training = endless
+    assert all(map(runs_still, training))
+    runner.send_signal(number)
+    said, _ = runner.communicate(timeout=60)
+    assert runner.returncode == 128 + number
+    assert f"pretrain/mask_jepa/seed_0 was interrupted by {number.name}: the same command goes on" in said
+    until(lambda: not any(map(runs_still, training)))
+    project_again(place)
+    assert run(place, 1)[0].name == "mask_jepa"  # the lock is free, and the stage resumes
+
+
+def test_a_training_that_outlives_its_runner_keeps_the_lock(place: Path, endless) -> None:
+    runner, training = endless
+    runner.kill()
+    runner.communicate()
+    assert runs_still(training[0])
+    with pytest.raises(StageError, match="pretrain/mask_jepa/seed_0 is running in another process"):
+        run(place, 1)
+    os.kill(training[0], signal.SIGKILL)
+    until(lambda: not runs_still(training[0]))
+    project_again(place)
+    assert run(place, 1)[0].name == "mask_jepa"
+
+
+def project_again(place: Path) -> None:
+    """The usual stand-ins of the tools."""
+    shutil.rmtree(place / "project")
+    project(place / "project")
+
+
+def test_a_signal_between_stages_starts_no_more(place: Path) -> None:
+    manifest = small_manifest()
+    planner = Planner(manifest, Choice(place / "out", place / "data"))
+
+    def say(line: str) -> None:
+        if line.startswith("    done in"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="pretrain/mask_jepa/seed_0 was interrupted by SIGTERM"):
+        Runner(planner, place / "project", say=say).run(planner.plan([manifest.row(2)]))
+    assert len(calls(place)) == 1 and signal.getsignal(signal.SIGTERM) is before
+
+
+def said_by(place: Path, *rows: int, scale: str = "full") -> str:
+    manifest, lines = small_manifest(), []
+    planner = Planner(manifest, Choice(place / "out", place / "data", scale))
+    runner = Runner(planner, place / "project", say=lines.append)
+    runner.commit = "c1"
+    runner.run(planner.plan(manifest.row(number) for number in rows))
+    return "\n".join(lines)
+
+
+def test_a_product_that_is_gone_is_made_again_when_something_reads_it(place: Path) -> None:
+    run(place, 1, 2, scale="smoke")
+    before = len(calls(place))
+    data, pretraining = place / "out" / "smoke" / "data", place / "out" / "smoke" / "pretrain" / "mask_jepa"
+    shutil.rmtree(data)
+    (pretraining / "seed_0" / "model_final.pth").unlink()
+    run(place, 2, scale="smoke")  # its export and experiments are there: nothing reads the two
+    assert len(calls(place)) == before
+    said = said_by(place, 3, scale="smoke")  # another export of the same pre-training
+    assert f"finished before, but {data} is gone: it runs again" in said
+    assert f"finished before, but the checkpoint in {pretraining}/seed_0 is gone: it runs again" in said
+    assert [line.split()[0] for line in calls(place)[before:]] == [
+        "prepare_data.py",
+        "train_net.py",
+        "export.py",
+        "train_net.py",
+    ]
+    assert said_by(place, 1, 2, 3, scale="smoke").count("finished before") == 7
+
+
+def test_the_last_product_of_a_plan_is_looked_at(place: Path) -> None:
+    run(place, 1)
+    folder = place / "out" / "full" / "pretrain" / "mask_jepa" / "seed_0"
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    (folder / "model_final.pth").rename(folder / "model_0000001.pth")
+    assert "is gone: it runs again" in said_by(place, 1)
+    assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"  # where it resumed
+    for path in folder.glob("*.pth"):
+        path.unlink()
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    run(place, 1)
+    assert len(calls(place)) == 3 and not (folder / "last_checkpoint").exists()
+
+
+def test_weights_that_cannot_be_fetched_name_the_remedy(place: Path) -> None:
+    tool = place / "project" / "tools" / "train_net.py"
+    tool.write_text("import sys; sys.exit('error: r50 could not be fetched (URLError): set MODEL.WEIGHTS')")
+    with pytest.raises(
+        StageError, match="fetched .*; or name another place with --weights r50=FILE .its log"
+    ):
+        run(place, 1)
+
+
+def test_results_say_how_many_processes_trained(place: Path) -> None:
+    manifest = small_manifest()
+    manifest.experiments["base"] = replace(manifest.experiments["base"], batch=2)
+    planner = Planner(manifest, Choice(place / "out", place / "data", machine=Machine(1, 4, "torchrun")))
+    (stage,) = [s for s in planner.plan([manifest.row(2)]) if s.name == "experiment/base/seed_0"]
+    runner = Runner(planner, place / "project", say=lambda line: None)
+    stage.folder.mkdir(parents=True)
+    (stage.folder / "evaluation.json").write_text(json.dumps({"metrics": {}}))
+    assert stage.machine.processes == 2 and runner._result(stage, 1.0).processes == 2
+
+
 def test_a_command_that_evaluates_nothing_is_an_error(place: Path) -> None:
     tool = place / "project" / "tools" / "train_net.py"
     tool.write_text(tool.read_text().replace("evaluation.json", "other.json"))
@@ -193,10 +370,8 @@ def test_states_are_derived(place: Path) -> None:
     run(place, 2)
     assert states(place, "c9")[2] == "full run" and states(place)[3] == "builds"
     path = Results(place / "out").path("tuned", "full", 0)
-    write_json(path, {**json.loads(path.read_text()), "config_hash": "of before"})
-    assert states(place)[2] == "stale"
-    write_json(place / "out" / "quick" / "costs" / "row_9" / "costs.json", {"commit": "c1"})
-    assert states(place)[9] == "quick run"
+    write_json(path, {**json.loads(path.read_text()), "fingerprint": "of before"})
+    assert states(place)[2] == "builds" and states(place, "c2")[2] == "stale"
     manifest = small_manifest()
     manifest.experiments["base"] = replace(manifest.experiments["base"], waits_for="rain")
     assert States(manifest, place / "out", place / "project", "c1").all()[2] == "partly waits"

@@ -7,8 +7,9 @@ A SET is one of the names below, a name that configurations use (ade20k_panoptic
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from . import DataError
@@ -48,13 +49,34 @@ def _json_is_whole(path: Path) -> bool:
 
 def examine(folder: Path, part: Part) -> Finding:
     """Count the files of a part; of a json see whether it is whole."""
-    start = len(str(folder))
-    # What is hidden is what an interrupted run has left.
-    files = [path for path in folder.glob(part.pattern) if f"{os.sep}." not in str(path)[start:]]
-    whole = len(files) >= part.count
+    count, first = 0, ""
+    for path in _matching(str(folder), part.pattern.split("/")):
+        count, first = count + 1, first or path
+    whole = count >= part.count
     if whole and part.pattern.endswith(".json") and part.count == 1:
-        whole = _json_is_whole(files[0])
-    return Finding(part, len(files), whole)
+        whole = _json_is_whole(Path(first))
+    return Finding(part, count, whole)
+
+
+def _matching(folder: str, names: Sequence[str]) -> Iterator[str]:
+    """Paths below a folder, a pattern for each level. What is hidden, as what an interrupted run has left, is none.
+
+    Reads folders and looks at no file, so that a million images take seconds.
+    """
+    name, *deeper = names
+    try:
+        if "*" in name:
+            with os.scandir(folder) as entries:
+                found = [e.path for e in entries if e.name[0] != "." and fnmatchcase(e.name, name)]
+        else:
+            found = [path] if os.path.lexists(path := os.path.join(folder, name)) else []
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for path in found:
+        if deeper:
+            yield from _matching(path, deeper)
+        else:
+            yield path
 
 
 def select(names: Sequence[str]) -> list[DataSet]:
