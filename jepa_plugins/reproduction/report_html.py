@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jepa_plugins.reproduction import plots
 from jepa_plugins.reproduction.manifest import PAPERS
@@ -18,6 +18,7 @@ from jepa_plugins.reproduction.report_cells import (
     paper_text,
     signed,
 )
+from jepa_plugins.reproduction.report_contents import Report
 from jepa_plugins.reproduction.report_rows import (
     NO_RESULT,
     Entry,
@@ -27,9 +28,6 @@ from jepa_plugins.reproduction.report_rows import (
     sections,
 )
 from jepa_plugins.reproduction.results import Result
-
-if TYPE_CHECKING:
-    from jepa_plugins.reproduction.report import Report
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1e23; --paper: #ffffff; --soft: #5b6470; --line: #c9ced6;
