@@ -181,7 +181,8 @@ os.rename(os.environ["CALLS"] + ".tmp", os.environ["CALLS"])
 time.sleep(600)
 """
 RUN_ROW_1 = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 from pathlib import Path
 from reproduction_small import small_manifest
 from jepa_plugins.reproduction.plan import Choice, Planner
