@@ -267,9 +267,8 @@ class Planner:
                 self._cost(row)
             for run in ready:
                 if isinstance(run, Experiment):
-                    for seed in (
-                        (0,) if run.finished else self.choice.seeds
-                    ):  # finished: nothing depends on it
+                    # nothing of a public model depends on a seed
+                    for seed in (0,) if run.finished else self.choice.seeds:
                         self._experiment(run, seed)
                 elif isinstance(run, Pretraining):
                     for seed in self.choice.seeds if self.choice.pretraining_seeds else (0,):

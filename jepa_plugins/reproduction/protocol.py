@@ -83,11 +83,11 @@ def _detectron2_images(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _detectron2_test(test: Mapping[str, Any]) -> dict[str, Any]:
     found = {"detections per image": test["DETECTIONS_PER_IMAGE"]}
-    if not test["AUG"][
+    if test["AUG"][
         "ENABLED"
-    ]:  # an evaluation at several scales would be another command's, and says nothing here
-        found |= {"scales": "single", "flip in test": False}
-    return found
+    ]:  # an evaluation at several scales is another command's: this says nothing of it
+        return found
+    return {**found, "scales": "single", "flip in test": False}
 
 
 def _mmengine(folder: Path) -> dict[str, Any]:
