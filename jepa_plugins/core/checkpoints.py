@@ -213,8 +213,22 @@ def read_checkpoint(path: str | os.PathLike, *, trust: Iterable[str | os.PathLik
     return content
 
 
+def _of_parts(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights of I-JEPA's layout, named "encoder.*" and so on; none when the checkpoint has another."""
+    parts: dict[str, Mapping[str, Any]] = {
+        key: part
+        for key in ("encoder", "predictor", "target_encoder")
+        if isinstance(part := checkpoint.get(key), Mapping)
+    }
+    if len(parts) < 3:
+        return {}
+    named = ((key, state_dict_of(part)) for key, part in parts.items())
+    return {f"{key}.{name}": value for key, weights in named for name, value in weights.items()}
+
+
 def state_dict_of(checkpoint: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
-    """The model's weights in a checkpoint: under "model", "state_dict", "model_state", or bare.
+    """The model's weights in a checkpoint: under "model", "state_dict", "model_state", part by part as in I-JEPA's
+    published files ("encoder", "predictor", "target_encoder", which then stand before the names), or bare.
 
     Returns a new OrderedDict of tensors with the `_metadata` of the original, arrays converted, and a
     "module." that all names share (DistributedDataParallel) removed. Raises CheckpointError when there
@@ -222,6 +236,8 @@ def state_dict_of(checkpoint: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """
     nested = (checkpoint.get(key) for key in ("model", "state_dict", "model_state"))
     weights = next((found for found in nested if isinstance(found, Mapping)), checkpoint)
+    if weights is checkpoint:
+        weights = _of_parts(checkpoint) or checkpoint
     result: OrderedDict[str, Tensor] = OrderedDict()
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, (Tensor, np.ndarray, np.generic)):

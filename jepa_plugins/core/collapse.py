@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 MAX_VECTORS = 2048
 
@@ -20,12 +16,14 @@ def rank_me(vectors: Tensor, *, centred: bool) -> float:
             vector first.
 
     Returns:
-        Between 1 and min(n, C); 1 when all vectors are zero.
+        Between 1 and min(n, C); 1 when all vectors are zero; NaN when one is not finite.
     """
     if len(vectors) > MAX_VECTORS:
         step = torch.linspace(0, len(vectors) - 1, MAX_VECTORS, device=vectors.device).long()
         vectors = vectors[step]
     vectors = vectors.detach().float()
+    if not bool(vectors.isfinite().all()):
+        return float("nan")  # torch's decomposition would end the run, before what is wrong is said in words
     if centred:
         vectors = vectors - vectors.mean(0)
     values = torch.linalg.svdvals(vectors)
@@ -43,8 +41,11 @@ def rank_metrics(target: Tensor) -> dict[str, float]:
     }
 
 
+RECOVERED = 2.0  # above so many times its floor a measure may be warned of again
+
+
 class CollapseWatch:
-    """Says in words when the target collapses.
+    """Says in words when the target collapses: once, and again when it had recovered in between.
 
     Args:
         variance_floor: warn when the target's variance falls below this share of its first value.
@@ -66,12 +67,14 @@ class CollapseWatch:
         self.warned = set(state["warned"])
 
     def update(self, step: int, metrics: dict[str, float]) -> list[str]:
-        """Take the metrics of a step; returns (and logs) the new warnings."""
+        """Take the metrics of a step, each of as many images as before; returns the new warnings."""
         sentences = []
         for name, floor in self.floors.items():
             if name not in metrics:
                 continue
             first = self.first.setdefault(name, metrics[name])
+            if metrics[name] > min(RECOVERED * floor, 1.0) * first:
+                self.warned.discard(name)
             if metrics[name] < floor * first and name not in self.warned:
                 self.warned.add(name)
                 sentences.append(
@@ -79,8 +82,6 @@ class CollapseWatch:
                     f"{floor:.0%} of its first value {first:.3g}. A falling loss means nothing now; lower "
                     "the learning rate or raise the EMA momentum."
                 )
-        for sentence in sentences:
-            logger.warning(sentence)
         return sentences
 
 
@@ -134,7 +135,9 @@ class HeldOutMeter:
                 "target_variance": float(overall),
                 "position_explained_variance": float(1 - at_cell / overall),
                 "explained_variance": float(1 - error / overall),
-                "explained_variance_beyond_position": float(1 - error / at_cell),
+                "explained_variance_beyond_position": float(1 - error / at_cell)
+                if images > 1
+                else float("nan"),
                 # Over all images, which a batch of training has too few of.
                 "rankme_pooled_centred": rank_me(torch.cat(self._pooled), centred=True),
             }

@@ -75,6 +75,14 @@ class DMTJEPASettings:
                 raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
         trained_target = self.lat == "learned" and self.target in ("cross", "self")
         problems = [
+            (
+                self.residual not in (None, True, False),
+                f"residual is True, False or None, which follows the kind of aggregation, got {self.residual!r}",
+            ),
+            (
+                self.neighbourhood is not None and self.target == "none",
+                "neighbours are chosen for targets that aggregate nothing: turn them off, or choose a target",
+            ),
             (self.depth < 1, f"a learned head has at least one block, got depth {self.depth}"),
             (
                 self.lat == "parameter_free" and "self" in (self.target, self._context_kind()),

@@ -82,6 +82,13 @@ class MultiBlock:
                 f"target blocks of {self.target_scale[0]:g} of {shape[0]}x{shape[1]} patches hold none: give "
                 "larger images, smaller patches or a higher target_scale"
             )
+        # Area and aspect grow with the draw, so a side need not be shortest at one of its ends.
+        sizes = [self.block_size(i / 64, shape, self.target_scale, self.target_aspect) for i in range(65)]
+        if min(map(min, sizes)) < 1:
+            raise ValueError(
+                f"target blocks of the aspects {self.target_aspect} have no row or column on {shape[0]}x{shape[1]} "
+                "patches: give a target_aspect nearer to 1, larger images or smaller patches"
+            )
 
 
 @dataclass

@@ -37,7 +37,9 @@ class Neighbourhood:
         if self.border not in BORDERS:
             raise ValueError(f"the border is one of {', '.join(BORDERS)}, got {self.border!r}")
         candidates = self.window**2 - 1 + self.include_self
-        if self.k < 1 or (self.window and self.k > candidates):
+        if self.k < 1:
+            raise ValueError(f"k, the number of neighbours, is at least 1, got {self.k}")
+        if self.window and self.k > candidates:
             raise ValueError(f"k must lie between 1 and the {candidates} candidates, got {self.k}")
 
     def check(self, grid: tuple[int, int]) -> None:
@@ -110,7 +112,10 @@ def choose_neighbours(features: Tensor, grid: tuple[int, int], settings: Neighbo
     settings.check(grid)
     unit = F.normalize(features.float(), dim=-1)
     if not settings.window:
-        similar = unit @ unit.transpose(1, 2)
+        with torch.autocast(
+            features.device.type, enabled=False
+        ):  # rounded similarities choose other neighbours
+            similar = unit @ unit.transpose(1, 2)
         if not settings.include_self:
             similar.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
         return Neighbours(similar.topk(settings.k, dim=-1).indices, None)

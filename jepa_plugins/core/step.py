@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +28,16 @@ def merge(into: StepOutput, part: StepOutput, weight: float) -> None:
 def channel_variance(vectors: Tensor) -> Tensor:
     """Variance of [n, C] over n, averaged over channels; 0-dimensional."""
     return vectors.float().var(dim=0, unbiased=False).mean()
+
+
+def channel_moments(vectors: Tensor) -> Tensor:
+    """Mean and mean square of [n, C] over n: [2, C] float32. The moments of a whole are the means of its parts'."""
+    vectors = vectors.float()
+    mean = vectors.mean(dim=0)
+    # through the variance, which keeps the digits that a mean of squares loses
+    return torch.stack([mean, vectors.var(dim=0, unbiased=False) + mean.square()])
+
+
+def variance_of(moments: Tensor) -> Tensor:
+    """What `channel_variance` gives, from `channel_moments` [2, C]."""
+    return (moments[1] - moments[0].square()).clamp(min=0).mean()

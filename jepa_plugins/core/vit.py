@@ -196,7 +196,7 @@ class VisionTransformer(nn.Module):
         checkpointing: recompute the blocks' activations in the backward pass.
 
     Raises:
-        ValueError: when the patch does not divide `img_size`.
+        ValueError: when the patch does not divide `img_size`, or a value makes no sense.
     """
 
     def __init__(
@@ -215,6 +215,10 @@ class VisionTransformer(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if patch_size < 1 or depth < 1:
+            raise ValueError(f"patch_size and depth are at least 1, got {patch_size} and {depth}")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path is a rate from 0, below 1, got {drop_path}")
         self.patch_size, self.width, self.heads = patch_size, width, heads
         self.prefix, self.rel_pos_bias = int(class_token), rel_pos_bias
         self.checkpointing = checkpointing

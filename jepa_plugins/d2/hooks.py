@@ -67,7 +67,8 @@ class CollapseHook(HookBase):
             value = latest.get(name)
             if value is not None and value[1] == now and math.isfinite(value[0]):
                 metrics[name] = value[0]
-        self.watch.update(now, metrics)
+        for sentence in self.watch.update(now, metrics):
+            logger.warning(sentence)
 
     def state_dict(self) -> dict:
         """First values and warnings given."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from jepa_plugins.core.images import CHANNELS
+from jepa_plugins.core.labelled import data_root
 from jepa_plugins.core.sources import Sources, epoch_order, read_or_replace
 
 
@@ -58,7 +59,9 @@ class UnlabelledImages(Dataset):
     Args:
         source: one or several of: a folder, a list file (.txt), a COCO json file, a zip file, .tar shards, with
             ranges ("train-{000..146}.tar") or wildcards.
-        root: folder that the paths in list and json files are relative to.
+            A relative source is looked for in the working directory, then below ``DETECTRON2_DATASETS`` (default
+            "datasets").
+        root: folder that the paths in list and json files are relative to, looked for likewise.
         pipeline: transforms, each from a dict to a dict, that read "img" uint8 [H, W, C] and "place".
         image_format: "RGB", "BGR" or "L".
         keys: the configuration's entries for source and root, for messages.
@@ -79,7 +82,9 @@ class UnlabelledImages(Dataset):
     ) -> None:
         if image_format not in CHANNELS:
             raise ValueError(f"image_format is one of {', '.join(CHANNELS)}, got {image_format!r}")
-        self.files = Sources(*keys).list_all([source] if isinstance(source, str) else list(source), root)
+        self.files = Sources(*keys, folders=(str(data_root()),)).list_all(
+            [source] if isinstance(source, str) else list(source), root
+        )
         self.image_format = image_format
         self.pipeline = Compose(pipeline)
 
@@ -187,7 +192,7 @@ class RunBatchSampler(Sampler):
         accumulation: iterations an optimiser step; start: iteration to begin at. Set before iterating.
 
     Raises:
-        ValueError: another sampler, or `drop_last` with fewer images than a batch.
+        ValueError: another sampler, no batch size, or `drop_last` with fewer images than a batch.
     """
 
     def __init__(self, sampler: EpochSampler, batch_size: int, drop_last: bool = False) -> None:
@@ -196,6 +201,8 @@ class RunBatchSampler(Sampler):
                 "RunBatchSampler needs train_dataloader.sampler = dict(type='EpochSampler'), "
                 f"got {type(sampler).__name__}"
             )
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"train_dataloader.batch_size is a whole number from 1 on, got {batch_size!r}")
         self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
         self.rank, self.world = get_rank(), get_world_size()
         self.accumulation, self.start = 1, 0

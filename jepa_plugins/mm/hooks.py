@@ -25,6 +25,7 @@ from jepa_plugins.core.probing import Protocol, Rows, check_classes, probe_floor
 from jepa_plugins.core.sources import UnreadableImages
 from jepa_plugins.mm.checkpoints import ATOMIC_BACKEND
 from jepa_plugins.mm.data import Place, UnlabelledImages, collate_images
+from jepa_plugins.mm.loops import PretrainLoop
 from jepa_plugins.mm.model import DMTJEPA
 from jepa_plugins.mm.optim import accumulation_of
 from jepa_plugins.mm.probing import check_which, image_size, probe_vit
@@ -59,6 +60,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, HistoryBuffer):
         return [torch.as_tensor(part[-KEPT_HISTORY:], dtype=torch.float64) for part in value.data]
     return value.item() if isinstance(value, np.generic) else value
+
+
+def go_on_at(checkpoint: dict[str, Any], steps: int, accumulation: int) -> None:
+    """Count a checkpoint's iterations as this run does, which may accumulate another number of them a step."""
+    iterations = steps * accumulation
+    checkpoint["meta"]["iter"] = iterations
+    schedules = checkpoint.get("param_schedulers") or []
+    for state in schedules if isinstance(schedules, list) else []:
+        state["last_step"] = state["_global_step"] = iterations
 
 
 def without_step(weights: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
@@ -110,7 +120,11 @@ class CollapseHook(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Look at this iteration's metrics."""
+        """Look at the metrics of a step, unless it is the smaller last one of an epoch."""
+        sampler = runner.train_loop.dataloader.batch_sampler
+        whole = min(sampler.global_batch, sampler.sampler.size)
+        if not runner.optim_wrapper.should_update() or data_batch["place"].total < whole:
+            return  # fewer images than before vary less without any collapse
         metrics = {name: float(outputs[name]) for name in self.watch.floors if outputs and name in outputs}
         if not metrics:
             return
@@ -131,10 +145,10 @@ class HeldOutHook(Hook):
 
     Args:
         source, root, pipeline: see `UnlabelledImages`; a source of None measures nothing. interval: optimiser steps
-            between measurements. images: at most so many are used. batch_size: of one forward.
+            between measurements. images: at most so many are used, at least 2. batch_size: of one forward.
 
     Raises:
-        FileNotFoundError, ValueError: a source that is not there or holds no images.
+        FileNotFoundError, ValueError: a source that is not there or holds fewer than two images; a number below 1.
     """
 
     def __init__(
@@ -148,9 +162,19 @@ class HeldOutHook(Hook):
     ) -> None:
         self.dataset: UnlabelledImages | None = None
         self.count, self.interval, self.batch_size = 0, interval, batch_size
+        if min(interval, batch_size) < 1:
+            raise ValueError(
+                "default_hooks.held_out.interval and batch_size are at least 1, got "
+                f"{interval} and {batch_size}; a source of None measures nothing"
+            )
         if source is not None:
             self.dataset = UnlabelledImages(source, pipeline, root, keys=HELD_OUT_KEYS)
             self.count = min(images, len(self.dataset))
+            if self.count < 2:
+                raise ValueError(
+                    f"default_hooks.held_out measures the variance over at least two images, got {self.count}: give "
+                    "a source of more, and images=2 or higher"
+                )
 
     def before_train(self, runner: Any) -> None:
         """Read images as the training does."""
@@ -183,7 +207,9 @@ class HeldOutHook(Hook):
             places = [Place(0, i, i, first, last - first) for i in range(first, last)]
             batch = collate_images([dataset[place] for place in places])
             if batch["inputs"] is None:
-                UnreadableImages(dataset.files, limit_key="nothing here").update(batch["reports"])
+                UnreadableImages(dataset.files, limit_key="what default_hooks.held_out.source holds").update(
+                    batch["reports"]
+                )
             meter.update(model.maps(**model.data_preprocessor(batch)))
         model.train(training)
         return meter.result()
@@ -300,13 +326,22 @@ class PretrainCheckpointHook(CheckpointHook):
     """mmengine's, but: a checkpoint is written whole or not at all, an old one is removed only after that, and
     the file holds plain values and tensors alone, so that every reader with weights only takes it.
 
-    A resume loads every tensor of the model or fails. No random state is kept: `PretrainLoop` seeds each iteration.
+    `interval` counts optimiser steps, and so does a file's name: "iter_100.pth" has seen 100, of however many
+    accumulated iterations each. A resume loads every tensor of the model or fails, and goes on behind that step with
+    its own number of accumulated iterations. No random state is kept: `PretrainLoop` seeds each iteration.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"by_epoch": False, "backend_args": {"backend": ATOMIC_BACKEND}, **kwargs})
 
+    def every_n_train_iters(self, runner: Any, n: int, start: int = 0) -> bool:
+        """Whether a checkpoint is due: never within a step, whose gradients it would not hold."""
+        steps, inside = divmod(runner.iter + 1, accumulation_of(runner.optim_wrapper))
+        return not inside and n > 0 and steps > start and (steps - start) % n == 0
+
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
+        if isinstance(runner.train_loop, PretrainLoop):
+            step //= runner.train_loop.accumulation
         kept = [] if self.max_keep_ckpts <= 0 else [old for old in self.keep_ckpt_ids if old != step]
         surplus = kept[: max(len(kept) + 1 - self.max_keep_ckpts, 0)]
         if self.max_keep_ckpts > 0:
@@ -352,7 +387,13 @@ class PretrainCheckpointHook(CheckpointHook):
                 scalars[name] = HistoryBuffer(*(part.tolist() for part in value))
         weights = state_dict_of(checkpoint)
         required = [""]
-        if not runner._resume:
+        if runner._resume:
+            go_on_at(
+                checkpoint,
+                int(weights["step"]) if "step" in weights else 0,
+                accumulation_of(runner.optim_wrapper),
+            )
+        else:
             required = ["encoder", "target_encoder"]
             weights = without_step(weights)
             checkpoint["state_dict"] = weights  # what mmengine loads next

@@ -52,6 +52,8 @@ class PretrainLoop(IterBasedTrainLoop):
         self.sampler = sampler
         self.accumulation = sampler.accumulation = accumulation_of(runner.optim_wrapper)
         self.steps = run_length(epochs, steps, sampler.steps_per_epoch)
+        if not 0 <= max_bad <= 1:
+            raise ValueError(f"train_cfg.max_bad is a share from 0 to 1, got {max_bad}")
         self.max_bad = max_bad
         check_recipe(recipe, sampler, self.steps)
         super().__init__(runner, dataloader, max_iters=self.steps * self.accumulation, **kwargs)
@@ -94,15 +96,16 @@ class PretrainLoop(IterBasedTrainLoop):
     def _prepare(self) -> None:
         """Tell everybody the length of the run, and where it stands."""
         runner, sampler = self.runner, self.sampler
-        if self._iter % self.accumulation:
-            raise ValueError(
-                f"the checkpoint is of iteration {self._iter}, in the middle of a step of {self.accumulation} "
-                "accumulated iterations: resume with the accumulative_counts that it was trained with"
-            )
         sampler.start = self._iter
         sampler.sampler.seed = runner.seed  # a resumed run takes its checkpoint's
         model = getattr(runner.model, "module", runner.model)
         if isinstance(model, DMTJEPA):
+            if self._iter != model.steps_done * self.accumulation:
+                raise ValueError(
+                    f"the run stands at iteration {self._iter}, its model at step {model.steps_done} of "
+                    f"{self.accumulation} accumulated iterations: resume with default_hooks.checkpoint = "
+                    "dict(type='PretrainCheckpointHook'), which counts them anew"
+                )
             model.total_steps, model.accumulation = self.steps, self.accumulation
         for scheduler in runner.param_schedulers or []:
             if hasattr(scheduler, "configure"):
@@ -144,12 +147,16 @@ class PretrainLoop(IterBasedTrainLoop):
 
 
 def run_length(epochs: float | None, steps: int | None, steps_per_epoch: int) -> int:
-    """Optimiser steps of a run; ValueError unless one of the two is given."""
-    if epochs is not None and steps is None:
-        return round(epochs * steps_per_epoch)
-    if steps is not None and epochs is None:
-        return steps
-    raise ValueError("train_cfg takes either epochs or steps; set the other to None")
+    """Optimiser steps of a run; ValueError unless one of the two is given, and at least one step."""
+    if (epochs is None) == (steps is None):
+        raise ValueError("train_cfg takes either epochs or steps; set the other to None")
+    length = round((epochs or 0) * steps_per_epoch) if steps is None else steps
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(
+            f"train_cfg.{'epochs' if steps is None else 'steps'} gives a run of {length!r} steps: it takes a whole "
+            "number from 1 on"
+        )
+    return length
 
 
 def check_recipe(recipe: Mapping[str, int] | None, sampler: RunBatchSampler, steps: int) -> None:

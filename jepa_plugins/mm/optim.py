@@ -25,10 +25,17 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 def accumulation_of(optim_wrapper: Any) -> int:
-    """Iterations an optimiser step, of an optimiser wrapper or of its configuration."""
-    if isinstance(optim_wrapper, Mapping):
-        return optim_wrapper.get("accumulative_counts", 1)
-    return optim_wrapper._accumulative_counts
+    """Iterations an optimiser step, of an optimiser wrapper or of its configuration.
+
+    Raises:
+        ValueError: it is no number from 1 on.
+    """
+    if not isinstance(optim_wrapper, Mapping):
+        return optim_wrapper._accumulative_counts
+    count = optim_wrapper.get("accumulative_counts", 1)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"optim_wrapper.accumulative_counts is a whole number from 1 on, got {count!r}")
+    return count
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -39,10 +46,13 @@ class PretrainOptimWrapper(OptimWrapper):
         dtype: of autocast, "bfloat16" or "float32" for none; weights and optimiser stay in float32.
 
     Raises:
-        ValueError: for another dtype.
+        ValueError: for another dtype, or a clip_grad that is no dict.
     """
 
     def __init__(self, *args: Any, dtype: str = "float32", **kwargs: Any) -> None:
+        clip = kwargs.get("clip_grad")
+        if clip is not None and not isinstance(clip, Mapping):
+            raise ValueError(f"optim_wrapper.clip_grad is dict(max_norm={clip!r}) or None, got {clip!r}")
         super().__init__(*args, **kwargs)
         if dtype not in DTYPES:
             raise ValueError(
@@ -78,13 +88,14 @@ class PretrainOptimWrapper(OptimWrapper):
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weights, and biases and 1-D tensors without weight decay; parameters without gradient are left out."""
+    """Weights, and biases and 1-D tensors without weight decay, which "decayed" tells apart where the decay begins
+    at 0; parameters without gradient are left out."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if parameter.dim() == 1 or name.endswith(".bias") else decayed).append(parameter)
-    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return [{"params": decayed, "decayed": True}, {"params": plain, "weight_decay": 0.0, "decayed": False}]
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -221,6 +232,7 @@ class RisingWeightDecay(_StepSchedule):
     ) -> None:
         rising(0, 1, 0.0, 1.0, shape)  # refuses an unknown shape at once
         self.final, self.shape = final, shape
+        self.decayed = [group.get("decayed", group["weight_decay"] > 0) for group in optimizer.param_groups]
         super().__init__(optimizer, "weight_decay", total, **kwargs)
 
     def describe(self) -> str:
@@ -229,5 +241,6 @@ class RisingWeightDecay(_StepSchedule):
 
     def _values(self, step: int, total: int) -> list[float]:
         return [
-            rising(step, total, start, self.final, self.shape) if start else 0.0 for start in self.base_values
+            rising(step, total, start, self.final, self.shape) if decayed else 0.0
+            for start, decayed in zip(self.base_values, self.decayed, strict=True)
         ]

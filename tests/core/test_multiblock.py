@@ -171,6 +171,7 @@ def test_settings_that_make_no_sense(options, sentence) -> None:
         ({"targets": 65}, (8, 8), "65 target blocks are more than the 64 patches of a grid of 8x8"),
         ({"min_keep": 0}, (2, 2), "target blocks of 0.15 of 2x2 patches hold none"),
         ({"min_keep": 35}, (6, 6), "hold no more than min_keep 35"),
+        ({"target_aspect": (0.01, 0.02)}, (8, 8), "have no row or column on 8x8 patches"),
     ],
 )
 def test_grids_that_are_too_small(options, shape, sentence) -> None:

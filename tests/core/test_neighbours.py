@@ -61,6 +61,17 @@ def test_the_most_similar_candidates_are_chosen(grid, window, k, include_self, b
 
 
 @pytest.mark.parametrize("window", [0, 3])
+def test_autocast_does_not_round_similarities(window) -> None:
+    """Patches that are nearly alike differ in digits that bfloat16 does not have."""
+    features = 1 + 0.02 * torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
+    how = Neighbourhood(window=window)
+    want = choose_neighbours(features, (8, 8), how)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = choose_neighbours(features, (8, 8), how)
+    assert torch.equal(got.index, want.index)
+
+
+@pytest.mark.parametrize("window", [0, 3])
 def test_changing_one_image_leaves_the_others_alone(window) -> None:
     how = Neighbourhood(window=window)
     features = torch.randn(3, 36, 8)

@@ -94,6 +94,20 @@ def test_too_few_images_to_drop_some() -> None:
         _ = batches(3, 4, drop_last=True).steps_per_epoch
     with pytest.raises(ValueError, match="needs train_dataloader.sampler"):
         RunBatchSampler(range(4), 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="train_dataloader.batch_size is a whole number from 1 on, got 0"):
+        batches(10, 0)
+
+
+def test_relative_sources_lie_below_the_folder_of_all_data_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "all" / "imagenet" / "train", 3)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "all"))
+    assert len(UnlabelledImages("imagenet/train", CROP)) == 3
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "all").rename("datasets")
+    assert len(UnlabelledImages("imagenet/train", CROP)) == 3
 
 
 def test_samples_depend_on_the_place_alone(tmp_path: Path) -> None:

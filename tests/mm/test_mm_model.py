@@ -11,8 +11,9 @@ pytest.importorskip("mmengine")
 
 from mmengine.registry import MODELS  # noqa: E402
 
-from jepa_plugins.core.dmt_jepa import IJEPA, DMTJEPAModel  # noqa: E402
-from jepa_plugins.core.multiblock import Masks  # noqa: E402
+from jepa_plugins.core.dmt_jepa import IJEPA, DMTJEPAModel, DMTJEPASettings  # noqa: E402
+from jepa_plugins.core.multiblock import Masks, MultiBlock  # noqa: E402
+from jepa_plugins.core.step import channel_variance  # noqa: E402
 from jepa_plugins.mm.data import BatchPlace  # noqa: E402
 from jepa_plugins.mm.model import DMTJEPA  # noqa: E402
 
@@ -59,6 +60,11 @@ def test_named_sizes_bring_their_predictors(arch: str, predictor: tuple[int, int
     blocks = model.predictor.predictor_blocks
     assert (model.predictor.mask_token.shape[-1], len(blocks)) == predictor
     assert blocks[0].attn.num_heads == model.encoder.heads
+
+
+def test_the_defaults_are_the_papers() -> None:
+    model = DMTJEPA(ARCH, 32, 4, {"width": 16, "depth": 1})
+    assert model.settings == DMTJEPASettings() and model.mask == MultiBlock()
 
 
 def test_without_neighbours_and_heads_it_is_ijepa() -> None:
@@ -111,6 +117,22 @@ def test_uneven_parts_weigh_by_their_images() -> None:
     three = model(images(8)[:3], place(0, 3, 0, 8))["loss"]
     five = model(images(8)[3:], place(3, 5, 0, 8))["loss"]
     torch.testing.assert_close((three + five) / 2, whole)
+
+
+def test_the_logged_variance_is_that_of_all_images() -> None:
+    """However they are divided: the variance inside each part is smaller."""
+    model = build(mask={"scope": "global"})
+    model.accumulation = 2
+    parts = [model(images(8)[:3], place(0, 3, 0, 8)), model(images(8)[3:], place(3, 5, 0, 8))]
+    logged = [model.parse_losses(part)[1] for part in parts]
+    want = channel_variance(model.targets(images(8))[0].flatten(0, 1))
+    torch.testing.assert_close(logged[1]["target_variance"], want, rtol=1e-4, atol=1e-6)
+    inside = [float(part["target_variance"]) for part in parts]
+    assert logged[0]["target_variance"] == pytest.approx(inside[0], rel=1e-4)
+    assert (3 * inside[0] + 5 * inside[1]) / 8 < 0.99 * float(want)
+    model.update_target()
+    again = model.parse_losses(model(images(8)[:3], place(8, 3, 8, 8)))[1]
+    assert again["target_variance"] == pytest.approx(inside[0], rel=0.1)  # a step of its own
 
 
 def test_preprocessor_normalises() -> None:
@@ -172,7 +194,35 @@ def test_checkpointing_changes_no_gradient() -> None:
         ({"msn": {"k": 9}}, "k must lie between 1 and the 8 candidates"),
         ({"msn": {"window": "all", "k": 64}}, "k is 64, but a patch has 63 candidates"),
         ({"lat": None}, "model.msn chooses neighbours that model.lat aggregates"),
-        ({"lat": {"type": "linear"}}, "lat is one of learned, parameter_free"),
+        ({"msn": {"k": "four"}}, "model.msn.k is a whole number, got 'four'"),
+        ({"msn": {"k": 4.0}}, "model.msn.k is a whole number, got 4.0"),
+        ({"msn": {"window": "5x5"}}, "model.msn.window is a whole number or 'all', got '5x5'"),
+        ({"msn": {"window": "all", "k": 0}}, "model.msn: k, the number of neighbours, is at least 1, got 0"),
+        ({"lat": "learned"}, "model.lat is dict\\(type=, depth=, .*\\), got 'learned'"),
+        ({"lat": {"type": "linear"}}, "model.lat.type is one of learned, parameter_free"),
+        ({"lat": {"target_attn": "foo"}}, "model.lat.target_attn is one of cross, self, average, max, none"),
+        (
+            {"lat": {"context_attn": "none"}},
+            "model.lat.context_attn is one of cross, self, average, max, got",
+        ),
+        ({"lat": {"residual": "no"}}, "model.lat: residual is True, False or None"),
+        (
+            {"lat": {"target_attn": "none"}},
+            "model.lat: neighbours are chosen for targets that aggregate nothing",
+        ),
+        ({"mask": {"target_scale": 0.15}}, "model.mask.target_scale is two numbers"),
+        ({"mask": {"targets": 0}}, "model.mask: at least one target block"),
+        ({"mask": {"target_aspect": (0.01, 0.02)}}, "have no row or column on 8x8 patches"),
+        ({"ema": 0.99}, "model.ema is two momenta from 0 to 1"),
+        ({"ema": (1.5, 1.0)}, "model.ema is two momenta from 0 to 1"),
+        ({"drop_path": 1.5}, "drop_path is a rate from 0, below 1, got 1.5"),
+        ({"patch_size": 0}, "patch_size and depth are at least 1, got 0"),
+        ({"rank_period": -1}, "model.rank_period counts steps"),
+        ({"in_chans": 1}, "model.in_chans is 1, but model.data_preprocessor.mean has 3"),
+        (
+            {"data_preprocessor": {"type": "ImagePreprocessor", "mean": (1, 2)}},
+            "takes mean and std of as many values",
+        ),
         ({"mask": {"scope": "local"}}, "model.mask.scope is one of process, global"),
         ({"mask": {"target": 4}}, "model.mask has no target; it knows"),
         ({"mask": {"min_keep": 64}}, "grid of 8x8 patches is too small"),

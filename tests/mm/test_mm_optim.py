@@ -16,6 +16,7 @@ from jepa_plugins.mm.optim import (  # noqa: E402
     PretrainOptimWrapperConstructor,
     RisingWeightDecay,
     WarmupCosineLR,
+    accumulation_of,
 )
 
 
@@ -62,6 +63,15 @@ def test_accumulation_counts_optimiser_steps() -> None:
         decay.step()
 
 
+def test_weight_decay_rises_from_zero_too() -> None:
+    _, wrapper = wrapped(optimizer={"type": "AdamW", "lr": 1e-3, "weight_decay": 0.0})
+    decay = RisingWeightDecay(wrapper, final=0.4)
+    decay.configure(total=4, accumulation=1, steps_per_epoch=2, batch=12)
+    for _ in range(3):
+        decay.step()
+    assert [group["weight_decay"] for group in wrapper.optimizer.param_groups] == [pytest.approx(0.4), 0.0]
+
+
 def test_schedules_resume() -> None:
     _, wrapper = wrapped()
     lr = WarmupCosineLR(wrapper, start=1e-4, final=1e-6, warmup_steps=2)
@@ -92,6 +102,15 @@ def test_learning_rate_is_scaled_by_the_batch_and_says_so() -> None:
     lr.ref_batch = None
     lr.configure(100, 1, 10, 512)
     assert lr.scale == 1.0 and "not scaled" in lr.describe()
+
+
+def test_bad_wrappers() -> None:
+    with pytest.raises(ValueError, match=r"optim_wrapper.clip_grad is dict\(max_norm=1.0\) or None"):
+        wrapped(clip_grad=1.0)
+    with pytest.raises(
+        ValueError, match="optim_wrapper.accumulative_counts is a whole number from 1 on, got 0"
+    ):
+        accumulation_of({"accumulative_counts": 0})
 
 
 def test_bad_schedules() -> None:
