@@ -12,60 +12,35 @@ The figures go to evaluation.json in the work folder, too.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # A clone works without being installed.
 
-from mmengine.config import Config, DictAction  # noqa: E402
-from mmengine.registry import RUNNERS  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
+from mmengine.config import Config  # noqa: E402
 
-from jepa_plugins.config_files import default_work_dir, find_config  # noqa: E402
 from jepa_plugins.core.checkpoints import check_file  # noqa: E402
 from jepa_plugins.core.cli import one_sentence  # noqa: E402
-from jepa_plugins.mm.checkpoints import TRUST  # noqa: E402
-from jepa_plugins.mm.distributed import LAUNCHERS, leave_processes, start_processes  # noqa: E402
+from jepa_plugins.mm.cli import launched_configuration, launcher_parser, runner_of  # noqa: E402
+from jepa_plugins.mm.distributed import leave_processes, start_processes  # noqa: E402
 from jepa_plugins.mm.run_hooks import EvaluationFileHook  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
     """mmsegmentation's options and ours."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="a file, or the name of one of this project's configurations")
+    parser = launcher_parser(__doc__)
     parser.add_argument("checkpoint", help="of the trained model")
-    parser.add_argument(
-        "--work-dir", help="folder of logs and results; without it work_dirs/NAME, NAME as below mmseg/"
-    )
     parser.add_argument("--out", help="folder for the predictions")
     parser.add_argument("--show", action="store_true", help="show the predictions")
     parser.add_argument("--show-dir", help="folder for painted images")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds that a prediction is shown")
     parser.add_argument("--tta", action="store_true", help="several scales and flips, as tta_pipeline says")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
-    parser.add_argument(
-        "--launcher", choices=LAUNCHERS, default="auto", help="auto: torchrun's or srun's processes, or one"
-    )
-    parser.add_argument(
-        "--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code"
-    )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def configuration(args: argparse.Namespace) -> Config:
     """The configuration with the command line's changes."""
-    cfg = Config.fromfile(find_config(args.config))
-    cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    if args.work_dir is not None:
-        cfg.work_dir = args.work_dir
-    elif cfg.get("work_dir") is None:
-        cfg.work_dir = default_work_dir(args.config)
+    cfg = launched_configuration(args)
     cfg.load_from = args.checkpoint
     if cfg.get("test_dataloader") is None:
         raise ValueError(f"{args.config} has no test_dataloader: there is nothing to evaluate")
@@ -105,15 +80,11 @@ def use_tta(cfg: Config) -> None:
 def main() -> None:
     """Evaluate."""
     args = build_parser().parse_args()
-    if args.local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    if args.trust:
-        os.environ[TRUST] = os.pathsep.join(args.trust)
     if "://" not in args.checkpoint:
         check_file(args.checkpoint)
     cfg = configuration(args)
     start_processes(cfg)
-    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner = runner_of(cfg)
     runner.register_hook(EvaluationFileHook(args.config))
     runner.test()
     leave_processes()

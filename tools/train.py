@@ -18,49 +18,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # A clone works without being installed.
 
-from mmengine.config import Config, DictAction  # noqa: E402
-from mmengine.registry import RUNNERS  # noqa: E402
-from mmengine.runner import Runner, find_latest_checkpoint  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+from mmengine.runner import find_latest_checkpoint  # noqa: E402
 
-from jepa_plugins.config_files import default_work_dir, find_config  # noqa: E402
 from jepa_plugins.core.cli import one_sentence  # noqa: E402
-from jepa_plugins.mm.checkpoints import TRUST  # noqa: E402
-from jepa_plugins.mm.distributed import LAUNCHERS, leave_processes, start_processes  # noqa: E402
+from jepa_plugins.mm.cli import launched_configuration, launcher_parser, runner_of  # noqa: E402
+from jepa_plugins.mm.distributed import leave_processes, start_processes  # noqa: E402
 from jepa_plugins.mm.run_hooks import EvaluationFileHook, SameBuffersHook  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
     """mmsegmentation's options and ours."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="a file, or the name of one of this project's configurations")
-    parser.add_argument(
-        "--work-dir", help="folder of logs and checkpoints; without it work_dirs/NAME, NAME as below mmseg/"
-    )
+    parser = launcher_parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint of the folder")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast for our optimiser wrapper")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
-    parser.add_argument(
-        "--launcher", choices=LAUNCHERS, default="auto", help="auto: torchrun's or srun's processes, or one"
-    )
-    parser.add_argument(
-        "--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code"
-    )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def configuration(args: argparse.Namespace) -> Config:
     """The configuration with the command line's changes."""
-    cfg = Config.fromfile(find_config(args.config))
-    cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    if args.work_dir is not None:
-        cfg.work_dir = args.work_dir
-    elif cfg.get("work_dir") is None:
-        cfg.work_dir = default_work_dir(args.config)
+    cfg = launched_configuration(args)
     if args.amp:
         use_mixed_precision(cfg)
     cfg.resume = args.resume
@@ -91,13 +68,9 @@ def use_mixed_precision(cfg: Config) -> None:
 def run() -> None:
     """Train as the command line says."""
     args = build_parser().parse_args()
-    if args.local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    if args.trust:
-        os.environ[TRUST] = os.pathsep.join(args.trust)
     cfg = configuration(args)
     start_processes(cfg)
-    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner = runner_of(cfg)
     for hook in (SameBuffersHook(), EvaluationFileHook(args.config)):
         runner.register_hook(hook)
     runner.train()

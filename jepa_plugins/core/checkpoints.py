@@ -25,6 +25,7 @@ from torch import Tensor, nn
 TORCH_SUFFIXES = (".pth", ".pt", ".pyth")
 # I-JEPA's and MoCo v3's published files end in .pth.tar, and are torch's all the same.
 SUFFIXES = (*TORCH_SUFFIXES, ".pth.tar", ".safetensors", ".pkl")
+TRUST = "JEPA_TRUST"  # environment variable: files, separated by os.pathsep, that may run code
 CLASS_KEY = "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
 _CLASS_TENSORS = re.compile(r"(^|\.)(class_embed\.(weight|bias)|empty_weight)$")
 
@@ -179,7 +180,8 @@ def read_checkpoint(path: str | os.PathLike, *, trust: Iterable[str | os.PathLik
     """The content of a checkpoint file, tensors on the CPU, without running code that the file names.
 
     Arrays (numpy, as in `.pkl` files), tensors, OrderedDict (with its `_metadata`) and plain Python types
-    are admitted. A file named in `trust` is read without that limit: its code runs.
+    are admitted. A file named in `trust`, or in the environment's JEPA_TRUST, is read without that limit: its code
+    runs.
     A `.safetensors` file gives {"model": OrderedDict of tensors, and the header's entries}.
 
     Raises FileNotFoundError for a missing file; CheckpointError for one that is empty, truncated, of
@@ -187,14 +189,15 @@ def read_checkpoint(path: str | os.PathLike, *, trust: Iterable[str | os.PathLik
     """
     path = Path(path)
     check_file(path)
-    trusted = any(Path(name).resolve() == path.resolve() for name in trust)
+    named = [*trust, *filter(None, os.environ.get(TRUST, "").split(os.pathsep))]
+    trusted = any(Path(name).resolve() == path.resolve() for name in named)
     readers = {".safetensors": _read_safetensors, ".pkl": _read_pickle}
     try:
         content = readers.get(path.suffix, _read_torch)(path, trusted)
     except _ForeignClass as error:
         raise CheckpointError(
             f"{path} is not read because it holds more than weights (it needs the class {error}): "
-            f"if you trust its author, name it in '--trust {path}', which lets its code run"
+            f"if you trust its author, name it in '--trust {path}' or {TRUST}={path}, which lets its code run"
         ) from None
     except MemoryError:
         raise

@@ -12,7 +12,6 @@ from torch import Tensor
 from jepa_plugins.core.random import keyed_normal, keyed_uniform
 
 NOISE_CELL = 4  # pixels: the denoised feature has stride 4 (section 3.4)
-SAMPLINGS = ("exact", "bernoulli")
 
 
 def draw_noise(keys: Tensor, channels: int, size: tuple[int, int], sigma: float) -> Tensor:

@@ -7,7 +7,7 @@ file serves them all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -28,6 +28,29 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "huge": (1280, 32, 16),
 }
 NORM = partial(nn.LayerNorm, eps=1e-6)
+
+
+def size_of(arch: str | Mapping[str, int], key: str) -> tuple[int, int, int]:
+    """Width, depth and heads of a named or given size.
+
+    Args:
+        arch: one of `SIZES`, or dict(width, depth, heads). key: the configuration's entry, for messages.
+
+    Raises:
+        ValueError: another name, another dict, or heads that do not divide the width.
+    """
+    if isinstance(arch, str):
+        if arch not in SIZES:
+            raise ValueError(
+                f"{key} is one of {', '.join(SIZES)}, or dict(width=, depth=, heads=), got {arch!r}"
+            )
+        return SIZES[arch]
+    if not isinstance(arch, Mapping) or set(arch) != {"width", "depth", "heads"}:
+        raise ValueError(f"{key} needs width, depth and heads and no more, got {arch!r}")
+    width, depth, heads = arch["width"], arch["depth"], arch["heads"]
+    if width % heads:
+        raise ValueError(f"{key}: {heads} heads do not divide the width {width}")
+    return width, depth, heads
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:

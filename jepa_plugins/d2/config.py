@@ -35,7 +35,7 @@ def add_mask2former_config(cfg: CfgNode) -> None:
     node.NHEADS = 8
     node.DROPOUT = 0.1
     node.DIM_FEEDFORWARD = 2048
-    node.ENC_LAYERS = 0
+    node.ENC_LAYERS = 0  # published and read by nothing, here and there
     node.DEC_LAYERS = 6
     node.PRE_NORM = False
     node.HIDDEN_DIM = 256
@@ -62,7 +62,7 @@ def add_mask2former_config(cfg: CfgNode) -> None:
     head.PIXEL_DECODER_NAME = "BasePixelDecoder"
     head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4
-    head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
+    head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8  # published; the pixel decoder takes MASK_FORMER.NHEADS
 
     _add_swin_config(cfg)
 

@@ -12,26 +12,8 @@ from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from jepa_plugins.core.vit import SIZES, VisionTransformer
+from jepa_plugins.core.vit import VisionTransformer, size_of
 from jepa_plugins.core.vit_weights import admitting_plain, load_encoder, recognise
-
-ARCH_KEYS = ("width", "depth", "heads")
-
-
-def _size_of(arch: str | Mapping[str, int]) -> tuple[int, int, int]:
-    """Width, depth and heads of a named or given size."""
-    if isinstance(arch, str):
-        if arch not in SIZES:
-            raise ValueError(
-                f"backbone.arch is one of {', '.join(SIZES)}, or dict(width=, depth=, heads=), got {arch!r}"
-            )
-        return SIZES[arch]
-    if not isinstance(arch, Mapping) or sorted(arch) != sorted(ARCH_KEYS):
-        raise ValueError(f"backbone.arch needs width, depth and heads and no more, got {arch!r}")
-    width, depth, heads = (arch[key] for key in ARCH_KEYS)
-    if width % heads:
-        raise ValueError(f"backbone.arch: {heads} heads do not divide the width {width}")
-    return width, depth, heads
 
 
 def _last_blocks(out_indices: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -49,7 +31,8 @@ class JEPAViT(VisionTransformer, BaseModule):
     """Feature maps of a plain ViT, for dense heads: images of any size, padded to whole patches.
 
     A checkpoint of this project's pre-training, of I-JEPA, or one that `tools/convert_weights.py` wrote loads with
-    `init_cfg=dict(type="Pretrained", checkpoint=FILE)`; of a pre-training checkpoint the target encoder is taken.
+    `init_cfg=dict(type="Pretrained", checkpoint=FILE)`; of a pre-training checkpoint the target encoder is taken,
+    with `encoder="context"` beside `checkpoint` the context encoder.
     Blocks after the last of `out_indices` are not built.
 
     Args:
@@ -63,6 +46,7 @@ class JEPAViT(VisionTransformer, BaseModule):
         frozen: nothing trains, and drop path is off; frozen_stages: the patch embedding and so many first blocks
             do not train; -1 for none, 0 for the patch embedding alone.
         train_positions: the table of positions trains; it is fixed in pre-training.
+        in_chans: channels of the images.
         class_token, layer_scale (initial value), rel_pos_bias: for weights of other methods.
         checkpointing: recompute the blocks' activations in the backward pass.
 
@@ -89,7 +73,7 @@ class JEPAViT(VisionTransformer, BaseModule):
         checkpointing: bool = False,
         init_cfg: dict | None = None,
     ) -> None:
-        width, depth, heads = _size_of(arch)
+        width, depth, heads = size_of(arch, "backbone.arch")
         indices = _last_blocks(out_indices, depth)
         super().__init__(
             img_size,

@@ -15,7 +15,6 @@ from mmengine.runner import CheckpointLoader
 from jepa_plugins.core.checkpoints import CheckpointError, atomic_write, read_checkpoint
 
 ATOMIC_BACKEND = "atomic"
-TRUST = "JEPA_TRUST"  # environment variable: files, separated by os.pathsep, that may run code
 
 
 class AtomicBackend(LocalBackend):
@@ -37,9 +36,8 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
         FileNotFoundError, CheckpointError: no such file, a damaged one, or one that holds other classes; see
             `core.checkpoints.read_checkpoint`.
     """
-    trusted = [name for name in os.environ.get(TRUST, "").split(os.pathsep) if name]
     with _admitting_history():
-        content = read_checkpoint(os.path.expanduser(filename), trust=trusted)
+        content = read_checkpoint(os.path.expanduser(filename))
     if map_location in (None, "cpu", torch.device("cpu")):
         return content
     return _moved(content, torch.device(map_location))

@@ -1,18 +1,63 @@
-"""What the command-line tools share: the configuration of a pre-training and its model."""
+"""What the command-line tools share: options of the launchers, the configuration of a run, its model."""
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, RUNNERS
+from mmengine.runner import Runner
 
-from jepa_plugins.config_files import find_config
-from jepa_plugins.core.checkpoints import load_into, state_dict_of
+from jepa_plugins.config_files import default_work_dir, find_config
+from jepa_plugins.core.checkpoints import TRUST, load_into, state_dict_of
 from jepa_plugins.mm.checkpoints import load_from_local
+from jepa_plugins.mm.distributed import LAUNCHERS
 from jepa_plugins.mm.model import DMTJEPA
+
+
+def launcher_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that training and testing share, in mmsegmentation's style."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a file, or the name of one of this project's configurations")
+    parser.add_argument(
+        "--work-dir",
+        help="folder of logs, checkpoints and results; without it work_dirs/NAME, NAME as below mmseg/",
+    )
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
+    parser.add_argument(
+        "--launcher", choices=LAUNCHERS, default="auto", help="auto: torchrun's or srun's processes, or one"
+    )
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="FILE", help="a checkpoint that may run code"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def launched_configuration(args: argparse.Namespace) -> Config:
+    """The configuration with what the shared options say; process and trusted files go into the environment."""
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if args.trust:
+        os.environ[TRUST] = os.pathsep.join(args.trust)
+    cfg = configuration(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = default_work_dir(args.config)
+    return cfg
+
+
+def runner_of(cfg: Config) -> Runner:
+    """The configuration's runner, mmengine's unless it names another."""
+    return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 
 def configuration(name: str, changes: Mapping[str, Any] | None = None) -> Config:

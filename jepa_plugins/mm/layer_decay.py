@@ -52,7 +52,8 @@ class ViTLayerDecayConstructor:
         if unknown or not 0 < options.get("decay_rate", 0) <= 1:
             raise ValueError(
                 "ViTLayerDecayConstructor needs paramwise_cfg=dict(decay_rate=) above 0 and up to 1, and knows "
-                f"{', '.join(KEYS)}; got {options}"
+                f"{', '.join(KEYS)}; got {options} (what a base configuration has goes by dict(_delete_=True, "
+                "decay_rate=...))"
             )
         self.rate, self.layers = options["decay_rate"], options.get("num_layers")
         self.backbone = options.get("backbone", "backbone")

@@ -18,7 +18,7 @@ from jepa_plugins.core.dmt_jepa import LOSSES, DMTJEPAModel, DMTJEPASettings
 from jepa_plugins.core.multiblock import Masks, MultiBlock, draw_masks
 from jepa_plugins.core.neighbours import Neighbourhood
 from jepa_plugins.core.step import channel_moments, variance_of
-from jepa_plugins.core.vit import SIZES, Predictor, VisionTransformer
+from jepa_plugins.core.vit import Predictor, VisionTransformer, size_of
 from jepa_plugins.mm.data import BatchPlace
 
 SCOPES = ("process", "global")
@@ -165,19 +165,7 @@ def build_encoder(
     **kwargs: Any,
 ) -> VisionTransformer:
     """An encoder of a named or given size; see `DMTJEPA`."""
-    if isinstance(arch, str):
-        if arch not in SIZES:
-            raise ValueError(
-                f"model.arch is one of {', '.join(SIZES)}, or dict(width=, depth=, heads=), got {arch!r}"
-            )
-        width, depth, heads = SIZES[arch]
-    else:
-        values = _checked(arch, ("width", "depth", "heads"), "arch")
-        if len(values) < 3:
-            raise ValueError(f"model.arch needs width, depth and heads, got {dict(arch)}")
-        width, depth, heads = values["width"], values["depth"], values["heads"]
-    if width % heads:
-        raise ValueError(f"model.arch: {heads} heads do not divide the width {width}")
+    width, depth, heads = size_of(arch, "model.arch")
     return VisionTransformer(img_size, patch_size, width=width, depth=depth, heads=heads, **kwargs)
 
 

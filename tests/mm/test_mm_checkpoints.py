@@ -16,8 +16,8 @@ from mmengine.logging import HistoryBuffer  # noqa: E402
 from mmengine.runner import load_checkpoint, save_checkpoint  # noqa: E402
 
 import jepa_plugins.mm  # noqa: E402, F401
-from jepa_plugins.core.checkpoints import CheckpointError  # noqa: E402
-from jepa_plugins.mm.checkpoints import TRUST, load_from_local  # noqa: E402
+from jepa_plugins.core.checkpoints import TRUST, CheckpointError  # noqa: E402
+from jepa_plugins.mm.checkpoints import load_from_local  # noqa: E402
 from jepa_plugins.mm.hooks import plain  # noqa: E402
 
 RAN = "JEPA_TEST_CODE_RAN"

@@ -55,7 +55,7 @@ def test_configurations_build(name: str) -> None:
     for transform in cfg.train_dataloader.dataset.pipeline:
         TRANSFORMS.build(transform)
     assert cfg.train_dataloader.dataset.pipeline[0].size == cfg.model.img_size
-    assert (model.settings == IJEPA) == ("ijepa/" in name or name.endswith("quick/ijepa.py"))
+    assert (model.settings == IJEPA) == ("ijepa/" in name or name.startswith("quick/ijepa"))
 
 
 @pytest.mark.parametrize("method", ["dmt_jepa", "ijepa"])
@@ -138,3 +138,16 @@ def test_ablations_golden(name: str) -> None:
     base = load("dmt_jepa/vit_small16.py")
     different = {key for key in base if cfg[key] != base[key] and key != "model"}
     assert different == set()
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_quick_twins_of_the_ablations_golden(name: str) -> None:
+    """The same changes at the quick size, and no other."""
+    twin = "quick/dmt_jepa_parameter_free.py" if name == "parameter_free" else f"quick/ablations/{name}.py"
+    cfg, base = load(twin), load("quick/dmt_jepa.py")
+    assert build(cfg).settings == ABLATIONS[name]
+    assert {key for key in base if cfg[key] != base[key]} <= {"model"}
+    methods = ("msn", "lat")
+    assert {key: value for key, value in cfg.model.items() if key not in methods} == {
+        key: value for key, value in base.model.items() if key not in methods
+    }

@@ -78,7 +78,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         (["no_such.py"], "No config 'no_such.py'"),
         (
             ["mmseg/dmt_jepa/vit_tiny16.py"],
-            "train_dataloader.dataset.source: 'data/imagenet/train' does not exist: give a folder",
+            "train_dataloader.dataset.source: 'imagenet/train' does not exist: give a folder",
         ),
         (["mmseg/quick/ijepa.py", "--cfg-options", "model.arch=giant"], "model.arch is one of"),
         (["mmseg/quick/ijepa.py", "--launcher", "pytorch"], "--launcher pytorch is for processes that"),

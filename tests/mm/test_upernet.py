@@ -20,6 +20,7 @@ from preparing.synthetic import make_synthetic
 pytest.importorskip("mmseg")
 
 from mmengine.config import Config, DictAction  # noqa: E402
+from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
@@ -239,8 +240,11 @@ model = dict(pretrained=None, backbone=vit, neck=neck, **heads)
 """
 
 
-def users_config(folder: Path, lines: str) -> Config:
-    stock = MMSEG / "configs" / "upernet" / "upernet_r50_4xb4-160k_ade20k-512x512.py"
+STOCK = "upernet/upernet_r50_4xb4-160k_ade20k-512x512.py"
+
+
+def users_config(folder: Path, lines: str, name: str = STOCK) -> Config:
+    stock = MMSEG / "configs" / name
     if not stock.is_file():
         pytest.skip("mmsegmentation is installed without its configurations")
     path = folder / "mine.py"
@@ -257,6 +261,49 @@ def test_five_lines_change_a_stock_configuration(tmp_path: Path) -> None:
     model = build(cfg)
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 64, 64, device="meta"), mode="tensor").shape == (1, 150, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit/vit_vit-b16_mln_upernet_8xb2-80k_ade20k-512x512.py",
+        "vit/vit_deit-b16_upernet_8xb2-80k_ade20k-512x512.py",  # whose neck is None
+    ],
+)
+def test_five_lines_where_the_base_has_a_neck(tmp_path: Path, name: str) -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert "add `_delete_=True` to `neck`" in readme
+    cfg = users_config(tmp_path, FIVE_LINES.replace("0.5])", "0.5], _delete_=True)"), name)
+    model = build(cfg)
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 64, 64, device="meta"), mode="tensor").shape == (1, 150, 16, 16)
+
+
+DECAY_LINES = """\
+optim_wrapper = dict(
+    _delete_=True,
+    type="OptimWrapper",
+    constructor="ViTLayerDecayConstructor",
+    paramwise_cfg=dict(decay_rate=0.65),
+    optimizer=dict(type="AdamW", lr=3e-4, betas=(0.9, 0.999), weight_decay=0.05),
+)
+"""
+
+
+@pytest.mark.parametrize(
+    "name", [STOCK, "mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py"]
+)  # whose optimisers are SGD and mmsegmentation's own layer-wise one
+def test_layer_decay_replaces_a_stock_optimiser(tmp_path: Path, name: str) -> None:
+    assert DECAY_LINES in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    neck = FIVE_LINES.replace("0.5])", "0.5], _delete_=True)") if "mae" in name else FIVE_LINES
+    cfg = users_config(tmp_path, neck + DECAY_LINES, name)
+    wrapper = build_optim_wrapper(build(cfg), cfg.optim_wrapper)
+    rates = {group["lr_scale"] for group in wrapper.optimizer.param_groups}
+    assert type(wrapper.optimizer) is torch.optim.AdamW and len(rates) == 14
+    with pytest.raises(ValueError, match="_delete_=True"):
+        inherited = "optim_wrapper = dict(constructor='ViTLayerDecayConstructor', paramwise_cfg=dict(a=1))"
+        cfg = users_config(tmp_path, neck + inherited, name)
+        build_optim_wrapper(build(cfg), cfg.optim_wrapper)
 
 
 def test_five_lines_train(work: Path, tmp_path: Path) -> None:

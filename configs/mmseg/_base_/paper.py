@@ -32,7 +32,7 @@ train_dataloader = dict(
     collate_fn=dict(type="collate_images"),
     dataset=dict(
         type="UnlabelledImages",
-        source="data/imagenet/train",
+        source="imagenet/train",  # also looked for below DETECTRON2_DATASETS (default: datasets)
         pipeline=[
             dict(type="KeyedResizedCrop", size=224, scale=(0.2, 1.0), flip=0.5),
             dict(type="KeyedColorJitter", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, prob=0.8),

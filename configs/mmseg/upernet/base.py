@@ -43,7 +43,7 @@ model = dict(
     test_cfg=dict(mode="slide", crop_size=crop_size, stride=(256, 256)),
 )
 
-data_root = "data/ade/ADEChallengeData2016"
+data_root = "{{$DETECTRON2_DATASETS:datasets}}/ADEChallengeData2016"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", reduce_zero_label=True),

@@ -1,0 +1,4 @@
+# Table D.6, k = 1 of the 3 x 3 window.
+_base_ = "../dmt_jepa.py"
+
+model = dict(msn=dict(k=1))
