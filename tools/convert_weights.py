@@ -17,15 +17,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # A clone works without being installed.
 
 from jepa_plugins.core.checkpoints import CheckpointError, save_atomic  # noqa: E402
 from jepa_plugins.core.cli import one_sentence  # noqa: E402
+from jepa_plugins.core.images import read_image  # noqa: E402
 from jepa_plugins.core.vit_convert import (  # noqa: E402
     TARGETS,
     Wishes,
@@ -34,7 +33,7 @@ from jepa_plugins.core.vit_convert import (  # noqa: E402
     usage,
 )
 from jepa_plugins.core.vit_proof import prove  # noqa: E402
-from jepa_plugins.core.vit_weights import LICENCES, Encoder, read_vit  # noqa: E402
+from jepa_plugins.core.vit_weights import IMAGENET, LICENCES, Encoder, read_vit  # noqa: E402
 
 KEEP = {"keep": True, "drop": False, "fold": False, None: None}
 
@@ -82,8 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def wishes_of(args: argparse.Namespace) -> Wishes:
-    """What the command line asks for."""
+    """What the command line asks for; raises ValueError for numbers that make no sense."""
     size = args.img_size
+    if args.heads is not None and args.heads < 1:
+        raise ValueError(f"--heads is at least 1, got {args.heads}")
+    if args.grid is not None and min(args.grid) < 1:
+        raise ValueError(f"--grid is at least 1 row and 1 column, got {args.grid[0]} {args.grid[1]}")
     if size is not None and len(size) > 2:
         raise ValueError("--img-size takes a side, or height and width")
     return Wishes(
@@ -96,15 +99,27 @@ def wishes_of(args: argparse.Namespace) -> Wishes:
     )
 
 
+def check_heads(heads: int | None, encoder: Encoder, source: Path) -> None:
+    """Raise ValueError when --heads cannot be those of the encoder."""
+    width = encoder.shape.width
+    if heads is not None and width % heads:
+        raise ValueError(f"--heads {heads} is no divisor of the width {width} of {source}: give one that is")
+    name = "blocks.0.attn.relative_position_bias_table"
+    table = encoder.weights.get(name)
+    if heads is not None and table is not None and table.shape[1] != heads:
+        raise ValueError(
+            f"--heads {heads}, but '{name}' of {source} has {table.shape[1]} columns, one a head: leave it out"
+        )
+
+
 def picture(path: Path | None, encoder: Encoder) -> Tensor | None:
     """A picture as the encoder reads it: float32 [1, 3, H, W], normalised."""
     if path is None:
         return None
     if encoder.shape.in_chans != 3:
         raise ValueError(f"--image: the file reads {encoder.shape.in_chans} channels, not red, green, blue")
-    with Image.open(path) as image:
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).float() / 255
-    mean, std = (torch.tensor(part) for part in encoder.pixels)
+    pixels = torch.from_numpy(read_image(path)).float() / 255
+    mean, std = (torch.tensor(part) for part in encoder.pixels or IMAGENET)
     return ((pixels - mean) / std).permute(2, 0, 1)[None]
 
 
@@ -117,12 +132,21 @@ def tell(encoder: Encoder) -> None:
         print(f"left out: {len(encoder.left_out)} tensors beside the encoder")
 
 
+def pixels_of(encoder: Encoder) -> str:
+    """Mean and std of the images, in words."""
+    if encoder.pixels is None:
+        return "mean and std not known: see where the file came from"
+    mean, std = encoder.pixels
+    return f"mean {tuple(mean)}, std {tuple(std)} (in RGB order)"
+
+
 @one_sentence
 def main(argv: list[str] | None = None) -> None:
     """Convert one file."""
     args = build_parser().parse_args(argv)
     if args.out.resolve() == args.source.resolve():
         raise ValueError(f"OUT would replace IN ({args.source}): name another file")
+    wishes = wishes_of(args)
     encoder = read_vit(
         args.source,
         trust=args.trust,
@@ -131,8 +155,9 @@ def main(argv: list[str] | None = None) -> None:
         grid=args.grid,
         origin=args.origin,
     )
+    check_heads(args.heads, encoder, args.source)
     tell(encoder)
-    converted = convert(encoder, args.to, wishes_of(args))
+    converted = convert(encoder, args.to, wishes)
     for step in converted.exactly:
         print(f"done:     {step}")
     proof = prove(encoder, converted, args.to, picture(args.image, encoder))
@@ -143,8 +168,7 @@ def main(argv: list[str] | None = None) -> None:
             + (", even with the same changes by design" if proof.by_design else "")
         )
     save_atomic(file_content(converted, args.to), args.out)
-    mean, std = encoder.pixels
-    print(f"pixels:   {args.channels.upper()} in [0, 1], mean {tuple(mean)}, std {tuple(std)} (in RGB order)")
+    print(f"pixels:   {args.channels.upper()} in [0, 1], {pixels_of(encoder)}")
     print(f"use:      {usage(converted.encoder, args.to)}\nwrote:    {args.out}")
 
 

@@ -106,11 +106,18 @@ def table(without: dict[str, float], with_pretraining: dict[str, float]) -> str:
     return "\n".join([*lines, f"{'gain':24}" + "".join(f"{gain[m]:+9.2f}" for m in METRICS)])
 
 
-def informative(without: dict[str, float]) -> str:
-    """Empty when the comparison can say something, else why it cannot."""
+def informative_miou(miou: float) -> str:
+    """Empty when a comparison with this mIoU can say something, else why it cannot."""
     low, high = INFORMATIVE_MIOU
-    if not low <= without["mIoU"] <= high:
-        return f"without pre-training the mIoU is {without['mIoU']:.1f}, outside {low:.0f} to {high:.0f}"
+    if low <= miou <= high:
+        return ""
+    return f"without pre-training the mIoU is {miou:.1f}, outside {low:.0f} to {high:.0f}"
+
+
+def informative(without: dict[str, float]) -> str:
+    """The same of Mask2Former's metrics."""
+    if problem := informative_miou(without["mIoU"]):
+        return problem
     if not without["PQ"] > INFORMATIVE_PQ:
         return f"without pre-training the PQ is {without['PQ']:.1f}, not above {INFORMATIVE_PQ:.0f}"
     return ""
@@ -227,8 +234,8 @@ def main() -> None:
     out = args.out / args.size
     out.mkdir(parents=True, exist_ok=True)
     result = run(SIZES[args.size], out)
-    problem = informative(result["without"])
-    result.update(size=args.size, informative=not problem)
+    problem, vit_problem = informative(result["without"]), informative_miou(result["scratch"])
+    result.update(size=args.size, informative=not problem, vit_informative=not vit_problem)
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
 
     print(
@@ -240,6 +247,8 @@ def main() -> None:
         f"\nUPerNet on a tiny ViT, {SIZES[args.size].vit_finetune_steps} steps, mIoU (%): from scratch "
         f"{result['scratch']:.2f}, from DMT-JEPA {result['dmt_jepa']:.2f}"
     )
+    if vit_problem and args.size != "smoke":
+        print(f"This comparison is uninformative: {vit_problem}.")
     print("\nPictures:\n" + "\n".join(f"  {path}" for path in result["pictures"] + result["vit_pictures"]))
     print(f"Numbers: {out / 'demo.json'}; {sum(result['seconds'].values()):.0f} s in all.")
     if args.size == "smoke":

@@ -53,9 +53,9 @@ def test_final_miou_is_the_newest_runs_last(tmp_path):
     assert demo.final_miou(tmp_path) == 2.5
 
 
-def run_main(monkeypatch, tmp_path, size, without):
+def run_main(monkeypatch, tmp_path, size, without, scratch=20.0):
     outcome = {"without": without, "with": results(20, 45), "pictures": ["a.png"], "seconds": {"data": 1.0}}
-    outcome.update(scratch=20.0, dmt_jepa=21.5, vit_pictures=["b.png"])
+    outcome.update(scratch=scratch, dmt_jepa=21.5, vit_pictures=["b.png"])
     monkeypatch.setattr(demo, "run", lambda *_: outcome)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--size", size, "--out", str(tmp_path)])
     demo.main()
@@ -71,8 +71,17 @@ def test_an_informative_demo_ends_well_and_prints_everything(monkeypatch, tmp_pa
     run_main(monkeypatch, tmp_path, "full", results(20, 40))
     shown = capsys.readouterr().out
     assert "a.png" in shown and "b.png" in shown and "with Mask-JEPA" in shown and "+5.00" in shown
-    assert "from scratch 20.00, from DMT-JEPA 21.50" in shown
+    assert "from scratch 20.00, from DMT-JEPA 21.50" in shown and "uninformative" not in shown
     assert json.loads((tmp_path / "full" / "demo.json").read_text())["informative"] is True
+
+
+def test_an_uninformative_comparison_of_vits_is_named(monkeypatch, tmp_path, capsys):
+    run_main(monkeypatch, tmp_path, "full", results(20, 40), scratch=6.9)
+    shown = capsys.readouterr().out
+    assert (
+        "This comparison is uninformative: without pre-training the mIoU is 6.9, outside 15 to 70." in shown
+    )
+    assert json.loads((tmp_path / "full" / "demo.json").read_text())["vit_informative"] is False
 
 
 def test_the_smallest_size_does_not_pretend(monkeypatch, tmp_path, capsys):
