@@ -15,7 +15,7 @@ from timm.layers import resample_patch_embed
 from torch import Tensor
 
 from jepa_plugins.core.checkpoints import CheckpointError
-from jepa_plugins.core.vit_weights import INFO, Encoder, ViTShape, resample_grid
+from jepa_plugins.core.vit_weights import IMAGENET, INFO, Encoder, ViTShape, resample_grid
 
 TARGETS = ("detectron2", "mmseg", "timm")
 
@@ -28,6 +28,9 @@ class Wishes:
 
     class_token, layer_scale: keep them. patch_size: in pixels. img_size: height and width in pixels that the
     positions are for. bgr: the target reads blue, green, red.
+
+    Raises:
+        ValueError: sizes below 1.
     """
 
     class_token: bool | None = None
@@ -36,6 +39,12 @@ class Wishes:
     patch_size: int | None = None
     img_size: tuple[int, int] | None = None
     bgr: bool = False
+
+    def __post_init__(self) -> None:
+        if self.patch_size is not None and self.patch_size < 1:
+            raise ValueError(f"--patch-size is at least 1, got {self.patch_size}")
+        if self.img_size is not None and min(self.img_size) < 1:
+            raise ValueError(f"--img-size is at least one patch a side, got {min(self.img_size)}")
 
 
 @dataclass
@@ -60,10 +69,10 @@ def fold_layer_scale(weights: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
 
 
 def without_tokens(
-    weights: Mapping[str, Tensor], shape: ViTShape, class_token: bool
+    weights: Mapping[str, Tensor], shape: ViTShape, *, class_token: bool, registers: bool
 ) -> OrderedDict[str, Tensor]:
-    """Without registers, and without the class token unless it stays; their rows of tables go too."""
-    out = OrderedDict((k, v) for k, v in weights.items() if k != "reg_token")
+    """Without the class token and the registers unless they stay; rows of tables go with the class token."""
+    out = OrderedDict((k, v) for k, v in weights.items() if registers or k != "reg_token")
     if shape.class_token and not class_token:
         del out["cls_token"]
         out["pos_embed"] = out["pos_embed"][:, 1:]
@@ -104,10 +113,13 @@ def _convert_tokens(result: Converted, target: str, wishes: Wishes) -> None:
     if wishes.class_token and not shape.class_token:
         raise CheckpointError("the file has no class token to keep: leave out '--class-token keep'")
     dropped = [] if keep or not shape.class_token else ["the class token"]
-    dropped += [f"{shape.registers} further tokens"] if shape.registers else []
+    # timm's model of relative positions has no registers
+    registers = target == "timm" and not shape.rel_pos_bias
+    dropped += [f"{shape.registers} further tokens"] if shape.registers and not registers else []
     if dropped:
-        encoder.weights = without_tokens(encoder.weights, shape, keep)
-        encoder.shape = replace(shape, class_token=shape.class_token and keep, registers=0)
+        encoder.weights = without_tokens(encoder.weights, shape, class_token=keep, registers=registers)
+        left = shape.registers if registers else 0
+        encoder.shape = replace(shape, class_token=shape.class_token and keep, registers=left)
         result.by_design.append(f"{' and '.join(dropped)} dropped")
 
 
@@ -144,7 +156,7 @@ def _convert_bias(result: Converted, target: str, wishes: Wishes) -> None:
 
 def _convert_patches(result: Converted, wishes: Wishes) -> None:
     encoder = result.encoder
-    patch = wishes.patch_size or encoder.shape.patch_size
+    patch = encoder.shape.patch_size if wishes.patch_size is None else wishes.patch_size
     if patch != encoder.shape.patch_size:
         name = "patch_embed.proj.weight"
         encoder.weights[name] = resample_patch_embed(encoder.weights[name], [patch, patch])
@@ -188,6 +200,8 @@ def target_weights(encoder: Encoder, target: str) -> OrderedDict[str, Tensor]:
         weights = OrderedDict((f"backbone.net.{name}", value) for name, value in weights.items())
     elif target == "timm" and encoder.shape.rel_pos_bias:
         weights = _as_timm_beit(encoder)
+    elif target == "timm" and encoder.shape.registers:
+        weights = _as_timm_registers(encoder)
     return OrderedDict((name, value.detach().clone().contiguous()) for name, value in weights.items())
 
 
@@ -202,6 +216,15 @@ def _as_timm_beit(encoder: Encoder) -> OrderedDict[str, Tensor]:
     return out
 
 
+def _as_timm_registers(encoder: Encoder) -> OrderedDict[str, Tensor]:
+    """timm's models with registers (`no_embed_class`) place patches alone: the class token takes its row along."""
+    out = OrderedDict(encoder.weights)
+    if encoder.shape.class_token:
+        table = out["pos_embed"]
+        out["cls_token"], out["pos_embed"] = out["cls_token"] + table[:, :1], table[:, 1:]
+    return out
+
+
 def file_content(converted: Converted, target: str) -> dict[str, Any]:
     """What to write: the weights with their description; for timm, whose loaders expect no more, the weights."""
     encoder = converted.encoder
@@ -209,7 +232,7 @@ def file_content(converted: Converted, target: str) -> dict[str, Any]:
     if target == "timm":
         return weights
     info = {"origin": encoder.origin, "heads": encoder.shape.heads, "grid": list(encoder.shape.grid)}
-    pixels = [list(part) for part in encoder.pixels]
+    pixels = encoder.pixels and [list(part) for part in encoder.pixels]
     read = {"pixels": pixels, "bgr": encoder.bgr, "certain": encoder.certain}
     return {"model": weights, INFO: {**info, **read}}
 
@@ -221,17 +244,15 @@ def usage(encoder: Encoder, target: str) -> str:
     if target == "timm":
         return _timm_usage(shape, size)
     if target == "detectron2":
-        return (
-            f"detectron2.modeling.ViT(img_size=1024, patch_size={shape.patch_size}, embed_dim={shape.width}, "
-            f"depth={shape.depth}, num_heads={shape.heads}, pretrain_img_size={size}, "
-            "pretrain_use_cls_token=False, use_rel_pos=True, ...)"
-        )
+        return _detection_usage(encoder)
     arch = (
         f'"{shape.name}"'
         if shape.name
         else f"dict(width={shape.width}, depth={shape.depth}, heads={shape.heads})"
     )
     options = [f'type="JEPAViT", arch={arch}, img_size={size}, patch_size={shape.patch_size}']
+    options += [f"in_chans={shape.in_chans}"] if shape.in_chans != 3 else []
+    options += [f"out_indices={_quarters(shape.depth)}"] if shape.depth != 12 else []
     options += ["class_token=True"] if shape.class_token else []
     options += ["layer_scale=1e-5"] if shape.layer_scale else []
     options += ["rel_pos_bias=True"] if shape.rel_pos_bias else []
@@ -239,12 +260,60 @@ def usage(encoder: Encoder, target: str) -> str:
     return f"backbone=dict({', '.join(options)})"
 
 
+def _quarters(depth: int) -> tuple[int, ...]:
+    """The last block, from 0, of each quarter of the blocks."""
+    return tuple(sorted({max(depth * k // 4, 1) - 1 for k in range(1, 5)}))
+
+
+_PYRAMID = (4, 8, 16)  # patches, in pixels, that the pyramid with levels of strides 4 to 32 can start from
+
+
+def _detection_usage(encoder: Encoder) -> str:
+    """Keys of this project's Mask R-CNN, and the same for a LazyConfig; other patches are resampled in loading."""
+    shape = encoder.shape
+    patch = shape.patch_size if shape.patch_size in _PYRAMID else 16
+    whole = _quarters(shape.depth)
+    values: dict[str, Any] = {
+        "patch_size": patch,
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
+        "window_block_indexes": [i for i in range(shape.depth) if i not in whole],
+        "pretrain_img_size": (shape.grid[0] * patch, shape.grid[1] * patch),
+    }
+    lazy = ", ".join(f"{key}={value}" for key, value in values.items())
+    lazy += f", in_chans={shape.in_chans}" if shape.in_chans != 3 else ""
+    keys = {f"MODEL.VIT.{key.upper()}": value for key, value in values.items()}
+    scales = [patch / stride for stride in (4, 8, 16, 32)]
+    keys |= {"MODEL.VIT.SCALE_FACTORS": scales} if patch != 16 else {}
+    keys |= _detection_pixels(encoder)
+    words = (f'{key} "{value}"' if isinstance(value, (list, tuple)) else f"{key} {value}"
+             for key, value in keys.items())  # fmt: skip
+    yaml = "--config-file detectron2/mask_rcnn/vitb_100ep.yaml MODEL.WEIGHTS FILE " + " ".join(words)
+    other = f" (patches are resampled from {shape.patch_size} to {patch} pixels in loading)"
+    return (
+        f"{yaml}\nor:       in a LazyConfig jepa_plugins.d2.vit.JEPAViT(img_size=1024, {lazy}, "
+        f"window_size=14, use_rel_pos=True){other if patch != shape.patch_size else ''}"
+    )
+
+
+def _detection_pixels(encoder: Encoder) -> dict[str, Any]:
+    """The keys of pixels that are not ImageNet's in RGB, which the configuration has."""
+    keys: dict[str, Any] = {"INPUT.FORMAT": "BGR"} if encoder.bgr else {}
+    if encoder.pixels is None or (encoder.pixels == IMAGENET and not encoder.bgr):
+        return keys
+    step = -1 if encoder.bgr else 1
+    mean, std = ([round(255 * value, 3) for value in part][::step] for part in encoder.pixels)
+    return keys | {"MODEL.PIXEL_MEAN": mean, "MODEL.PIXEL_STD": std}
+
+
 def _timm_usage(shape: ViTShape, size: int | tuple[int, int]) -> str:
     sizes = f"img_size={size}, patch_size={shape.patch_size}, embed_dim={shape.width}, depth={shape.depth}, "
     sizes += f"num_heads={shape.heads}, num_classes=0, global_pool=''"
+    sizes += f", in_chans={shape.in_chans}" if shape.in_chans != 3 else ""
     scale = ", init_values=1e-5" if shape.layer_scale else ""
     if shape.rel_pos_bias:
         return f"timm.models.beit.Beit({sizes}{scale}, use_rel_pos_bias=True)"
-    return (
-        f"timm.models.vision_transformer.VisionTransformer({sizes}{scale}, class_token={shape.class_token})"
-    )
+    tokens = f", class_token={shape.class_token}"
+    tokens += f", reg_tokens={shape.registers}, no_embed_class=True" if shape.registers else ""
+    return f"timm.models.vision_transformer.VisionTransformer({sizes}{scale}{tokens})"

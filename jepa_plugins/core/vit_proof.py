@@ -67,7 +67,20 @@ def generated_image(size: tuple[int, int], channels: int = 3) -> Tensor:
 def reference(source: Encoder) -> nn.Module:
     """timm's model of the source's kind with the source's weights: an implementation that is not ours."""
     shape = source.shape
-    common: dict[str, Any] = {
+    if shape.rel_pos_bias:
+        if any(name.endswith("q_bias") for name in source.published):
+            return _beit_reference(source)
+        return plain_model(shape, source.weights)  # a converted file
+    weights = OrderedDict(source.weights)
+    if shape.registers and shape.class_token:  # timm adds positions to patches alone
+        weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
+        weights["pos_embed"] = weights["pos_embed"][:, 1:]
+    return _timm_model(shape, weights)
+
+
+def _timm_options(shape: ViTShape) -> dict[str, Any]:
+    """Arguments of timm's plain ViT and BEiT."""
+    return {
         "img_size": shape.img_size,
         "patch_size": shape.patch_size,
         "in_chans": shape.in_chans,
@@ -78,33 +91,29 @@ def reference(source: Encoder) -> nn.Module:
         "global_pool": "",
         "init_values": 1.0 if shape.layer_scale else None,
     }
-    if shape.rel_pos_bias and any(name.endswith("q_bias") for name in source.published):
-        return _beit_reference(source, common)
-    if shape.rel_pos_bias:  # a converted file
-        return plain_model(shape, source.weights)
+
+
+def _timm_model(shape: ViTShape, weights: Mapping[str, Tensor]) -> nn.Module:
+    """timm's plain ViT with weights under its own names."""
     from timm.models.vision_transformer import VisionTransformer as TimmViT
 
     model = TimmViT(
-        **common,
+        **_timm_options(shape),
         class_token=shape.class_token,
         reg_tokens=shape.registers,
         no_embed_class=bool(shape.registers),
     )
-    weights = OrderedDict(source.weights)
-    if shape.registers:  # timm adds positions to patches alone
-        weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
-        weights["pos_embed"] = weights["pos_embed"][:, 1:]
     _fill(model, weights, shape.norm)
     return model.eval()
 
 
-def _beit_reference(source: Encoder, common: dict[str, Any]) -> nn.Module:
+def _beit_reference(source: Encoder) -> nn.Module:
     from timm.models.beit import Beit
 
     shared = any(name.startswith("rel_pos_bias.") for name in source.published)
     own = any(".attn.relative_position_bias_table" in name for name in source.published)
     model = Beit(
-        **common,
+        **_timm_options(source.shape),
         use_abs_pos_emb="pos_embed" in source.published,
         use_rel_pos_bias=own,
         use_shared_rel_pos_bias=shared,
@@ -148,8 +157,9 @@ def read_target(content: Mapping[str, Any], encoder: Encoder, target: str) -> nn
         return _detection_model(encoder.shape, weights)
     if target == "mmseg":
         return plain_model(encoder.shape, weights)
-    stand_in = replace(encoder, published=weights) if encoder.shape.rel_pos_bias else encoder
-    return reference(replace(stand_in, weights=weights))
+    if encoder.shape.rel_pos_bias:
+        return reference(replace(encoder, published=weights, weights=weights))
+    return _timm_model(encoder.shape, weights)
 
 
 def _detection_model(shape: ViTShape, weights: Mapping[str, Tensor]) -> DetectionViT:

@@ -34,6 +34,7 @@ from jepa_plugins.core.vit import SIZES, VisionTransformer, resample_bias_table,
 
 INFO = "jepa_vit"  # entry of a converted file that tells its shape
 OURS = "DMT-JEPA or I-JEPA pre-training of this project"
+TOKENLESS = "an encoder without class token"  # of I-JEPA or of this project, by its names alone
 
 # What is known of the files that each method published. Weights that somebody trained himself are his own.
 NON_COMMERCIAL = "CC BY-NC 4.0: no commercial use"
@@ -106,8 +107,8 @@ class Encoder:
 
     published: the tensors under the names that the file gave them, without a prefix.
     notes: what was chosen, in words. left_out: names of the file that are no part of the encoder.
-    pixels: mean and std of the images, RGB in [0, 1]. bgr: it reads blue, green, red. certain: whether the origin is
-    known, rather than one of several whose files have these names.
+    pixels: mean and std of the images, RGB in [0, 1], or None where they are not known. bgr: it reads blue, green,
+    red. certain: whether the origin is known, rather than one of several whose files have these names.
     """
 
     origin: str
@@ -116,7 +117,7 @@ class Encoder:
     published: OrderedDict[str, Tensor]
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    pixels: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     bgr: bool = False
     certain: bool = True
 
@@ -171,7 +172,8 @@ class _Found:
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     chosen: bool = False  # out of several encoders
-    strict: bool = False  # see _Hints
+    strict: bool = False  # a row of positions for the class token exactly if there is that token
+    detector: bool = False  # detectron2 keeps the row of a token that it has not
 
 
 def _part(weights: Mapping[str, Tensor], prefix: str) -> _Found:
@@ -248,6 +250,7 @@ def _from_prefixes(weights: OrderedDict[str, Tensor], which: str | None, source:
         found.origin, found.chosen = "MoCo v3", True
     elif any(name.startswith("backbone.net.") for name in weights):
         found, note = _part(weights, "backbone.net."), "'backbone.net' was taken"
+        found.detector = True
     elif "backbone" in heads:
         found, note = _part(weights, "backbone."), "'backbone' was taken"
     else:
@@ -305,7 +308,7 @@ def _certain_origin(names: Mapping[str, Tensor]) -> str | None:
         return "iBOT"
     if any(part.startswith("ls1") or ".ls1." in part for part in blocks) and "cls_token" in names:
         return _origin_with_scale(names)
-    return None if "cls_token" in names else "an encoder without class token"
+    return None if "cls_token" in names else TOKENLESS
 
 
 def _origin_with_scale(names: Mapping[str, Tensor]) -> str:
@@ -345,11 +348,13 @@ def recognise(
         which: "target" or "context", of a file with two encoders; None: the target, for MoCo v3 the base encoder.
         heads: of attention; needed where neither the file nor the width tells.
         grid: rows and columns of the table of positions, needed where it is no square and the file does not tell.
-        expected: those of the model that it is for, believed where neither `grid` nor the file tells and they fit.
+        expected: those of the model that it is for, believed where neither `grid` nor the file tells, they fit, and
+            the file is this project's or its table no square: other methods train on squares.
         origin: a method's name, where names alone cannot tell.
 
     Raises:
-        CheckpointError: no plain ViT; no such encoder; a part of a form that cannot be expressed.
+        CheckpointError: no plain ViT; no such encoder; a part of a form that cannot be expressed; a tensor that is
+            missing or of another shape.
     """
     found = _select(checkpoint, which, source)
     info = _info(checkpoint)
@@ -358,11 +363,16 @@ def recognise(
     weights, beside = _renamed(found.weights, source, notes)
     own_heads, own_grid = _own_settings(checkpoint, weights["patch_embed.proj.weight"].shape[-1])
     hints = _Hints(
-        heads or info.get("heads") or own_heads, grid or info.get("grid") or own_grid, expected, found.strict
+        heads or info.get("heads") or own_heads,
+        grid or info.get("grid") or own_grid,
+        expected,
+        known in (OURS, TOKENLESS),
+        _rows_before(found, known),
+        found.strict,
     )
-    shape = _shape_of(weights, known, source, hints)
+    shape = _shape_of(weights, known, source, hints, notes)
     _completed(weights, shape)
-    pixels = HALVES if known == "BEiT" else IMAGENET
+    pixels = info["pixels"] if "pixels" in info else _pixels_of(known, shape.in_chans) if certain else None
     if info.get("bgr"):
         notes.append("it reads blue, green, red")
     return Encoder(
@@ -372,7 +382,7 @@ def recognise(
         found.weights,
         notes,
         found.left_out + beside,
-        info.get("pixels", pixels),
+        pixels and (tuple(pixels[0]), tuple(pixels[1])),
         bool(info.get("bgr")),
         certain,
     )
@@ -393,18 +403,45 @@ def _known_origin(
     return _origin_of(found.weights, checkpoint)
 
 
+def _pixels_of(origin: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std that an origin's files were trained on; None where they differ from file to file."""
+    if origin not in LICENCES or origin == "timm" or channels != 3:
+        return None
+    return HALVES if origin == "BEiT" else IMAGENET
+
+
 @dataclass(frozen=True)
 class _Hints:
     """What is known beside the tensors.
 
-    grid: as the caller or the file tells. expected: believed where there is no `grid` and it fits. strict: the table
-    of positions has the class token's row exactly if there is that token.
+    grid: as the caller or the file tells. expected: of the model that the file is for. own: it may be this project's,
+    whose grids are no squares of need. before: see `_rows_before`. strict: these are believed against a `grid`.
     """
 
     heads: int | None
     grid: Sequence[int] | None
     expected: Sequence[int] | None
+    own: bool
+    before: tuple[int, ...]
     strict: bool
+
+
+def _rows_before(found: _Found, origin: str) -> tuple[int, ...]:
+    """How many rows of the table of positions may lie before the patches', the likeliest first."""
+    names = found.weights
+    if found.strict:
+        return (int("cls_token" in names),)
+    if "reg_token" in names:  # timm's models with registers place patches alone
+        return (0,)
+    if "cls_token" not in names:
+        return (0, 1) if found.detector else (0,)
+    if origin == "DeiT III":
+        return (0, 1)
+    scaled = any(name.endswith((".ls1.gamma", ".gamma_1")) for name in names)
+    beit = any(name.endswith(("relative_position_bias_table", "q_bias")) for name in names)
+    return (
+        (1, 0) if origin == "timm" or (scaled and not beit) else (1,)
+    )  # timm's DeiT III has names of DINOv2
 
 
 def _info(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -480,17 +517,21 @@ def _renamed(
         out[new] = value.float()
     if "fc_norm.weight" in weights:
         notes.append("the norm after its pooling (fc_norm) became the final norm")
-    _stack_biases(out)
+    _stack_biases(out, source)
     _share_bias(out)
     _distilled(out)
     _check_names(out, source)
+    _check_whole(out, source)
     return out, beside
 
 
-def _stack_biases(weights: OrderedDict[str, Tensor]) -> None:
+def _stack_biases(weights: OrderedDict[str, Tensor], source: str) -> None:
     """BEiT's biases of queries and values; its keys have none."""
     for name in [name for name in weights if name.endswith(".q_bias")]:
-        query, value = weights.pop(name), weights.pop(name.replace(".q_bias", ".v_bias"))
+        other = name.replace(".q_bias", ".v_bias")
+        if other not in weights:
+            raise CheckpointError(f"{source} lacks '{other}' beside '{name}': give a whole checkpoint")
+        query, value = weights.pop(name), weights.pop(other)
         weights.pop(name.replace(".q_bias", ".k_bias"), None)
         weights[name.replace(".q_bias", ".qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
 
@@ -537,6 +578,65 @@ def _check_names(weights: Mapping[str, Tensor], source: str) -> None:
     raise CheckpointError(f"{source} cannot be converted: it holds {what} ('{unknown[0]}')")
 
 
+def _tensors_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a plain ViT of these weights' width, depth and optional parts has, but its tables."""
+    width = weights["patch_embed.proj.weight"].shape[0]
+    hidden = 4 * width
+    vectors = {"norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.proj.bias", "mlp.fc2.bias"}
+    if any(re.search(r"\.ls[12]\.gamma$", name) for name in weights):
+        vectors |= {"ls1.gamma", "ls2.gamma"}
+    parts: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(sorted(vectors), (width,)),
+        "attn.qkv.weight": (3 * width, width),
+        "attn.qkv.bias": (3 * width,),
+        "attn.proj.weight": (width, width),
+        "mlp.fc1.weight": (hidden, width),
+        "mlp.fc1.bias": (hidden,),
+        "mlp.fc2.weight": (width, hidden),
+    }
+    of_all = {"patch_embed.proj.bias": (width,)}
+    if any(below(name, "norm") for name in weights):
+        of_all |= {"norm.weight": (width,), "norm.bias": (width,)}
+    blocks = range(_depth_of(weights))
+    return of_all | {f"blocks.{i}.{name}": shape for i in blocks for name, shape in parts.items()}
+
+
+def _check_whole(weights: Mapping[str, Tensor], source: str) -> None:
+    """Every tensor of every block is there, and of the shape that the encoder's width asks for."""
+    kernel = weights["patch_embed.proj.weight"]
+    if kernel.dim() != 4:
+        raise CheckpointError(
+            f"{source} cannot be converted: 'patch_embed.proj.weight' has the shape {tuple(kernel.shape)}, not that "
+            "of a convolution"
+        )
+    if not _depth_of(weights):
+        raise CheckpointError(f"{source} holds no blocks of a ViT ('blocks.0.*'): give a whole checkpoint")
+    wanted = _tensors_of(weights)
+    tables = [name for name in weights if name.endswith("relative_position_bias_table")]
+    needed = [
+        *wanted,
+        *(re.sub(r"\d+", str(i), tables[0], count=1) for i in range(_depth_of(weights)) if tables),
+    ]
+    missing = [name for name in needed if name not in weights]
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} of the {len(needed)} tensors of a plain ViT of {_depth_of(weights)} "
+            f"blocks, for instance '{missing[0]}': give a whole checkpoint"
+        )
+    hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
+    if hidden != 4 * kernel.shape[0]:
+        raise CheckpointError(
+            f"{source} cannot be converted: its MLP is not four times as wide as its tokens "
+            f"('blocks.0.mlp.fc1.weight')"
+        )
+    for name, shape in wanted.items():
+        if tuple(weights[name].shape) != shape:
+            raise CheckpointError(
+                f"{source} cannot be converted: '{name}' has the shape {tuple(weights[name].shape)}, not {shape} as "
+                f"the ViT's width of {kernel.shape[0]} asks for"
+            )
+
+
 def _depth_of(names: Iterable[str]) -> int:
     return 1 + max((int(name.split(".")[1]) for name in names if name.startswith("blocks.")), default=-1)
 
@@ -561,30 +661,56 @@ def _heads_of(weights: Mapping[str, Tensor], origin: str, width: int, source: st
 _GRID_REMEDY = "give --grid ROWS COLUMNS of its training size (tools/convert_weights.py)"
 
 
-def _grid_of(rows: int, class_token: bool, hints: _Hints, source: str) -> tuple[int, int]:
-    """Rows and columns of patches of a table of `rows` positions.
+def _squares(counts: Iterable[int]) -> list[tuple[int, int]]:
+    """The square grids of so many cells."""
+    return [(math.isqrt(n), math.isqrt(n)) for n in counts if n > 0 and math.isqrt(n) ** 2 == n]
 
-    The class token's row may be missing (DeiT III), or be there without a token (detectron2), unless `hints.strict`.
-    """
-    first = [int(class_token)] if hints.strict else [int(class_token), 1 - int(class_token)]
+
+def _likeliest(
+    squares: Sequence[tuple[int, int]], fits: bool, hints: _Hints, what: str, notes: list[str]
+) -> tuple[int, int] | None:
+    """Of the grids that `what` may have: a square, or the model's if that fits; a choice or assumption is noted."""
+    square = squares[0] if squares else None
+    if hints.expected is None or not fits:
+        return square
+    model = (hints.expected[0], hints.expected[1])
+    if model == square:
+        return model
+    taken = model if square is None or hints.own else square
+    text = f"{what} were taken for {taken[0]}x{taken[1]}"
+    text += ", as the model has" if taken == model else f", not the model's {model[0]}x{model[1]}"
+    if taken == model and square:
+        text += f", not {square[0]}x{square[1]}"
+    notes.append(f"{text}; if that is wrong, {_GRID_REMEDY}")
+    return taken
+
+
+def _grid_of(rows: int, hints: _Hints, source: str, notes: list[str]) -> tuple[int, int]:
+    """Rows and columns of patches of a table of `rows` positions."""
+    counts = [rows - extra for extra in hints.before]
     if hints.grid is not None:
         height, width = hints.grid
-        if rows - height * width not in first:
+        if height * width not in (counts if hints.strict else (rows, rows - 1)):
             raise CheckpointError(
-                f"{source} holds {rows - int(class_token)} positions, not {height}x{width}: {_GRID_REMEDY}"
+                f"{source} holds {counts[0]} positions, not {height}x{width}: {_GRID_REMEDY}"
             )
         return height, width
-    for count in (rows - extra for extra in first):
-        if hints.expected is not None and math.prod(hints.expected) == count:
-            return hints.expected[0], hints.expected[1]
-        if count and math.isqrt(count) ** 2 == count:
-            return math.isqrt(count), math.isqrt(count)
-    raise CheckpointError(
-        f"{source} holds {rows - int(class_token)} positions, which are no square: {_GRID_REMEDY}"
-    )
+    fits = hints.expected is not None and math.prod(hints.expected) in counts
+    grid = _likeliest(_squares(counts), fits, hints, f"its {counts[0]} positions", notes)
+    if grid is None:
+        raise CheckpointError(f"{source} holds {counts[0]} positions, which are no square: {_GRID_REMEDY}")
+    if math.prod(grid) != counts[0]:  # less likely, where two are possible
+        row = "without a row for its class token" if counts[0] < rows else "after a row of no token"
+        notes.append(
+            f"its table of {rows} positions was taken for {grid[0]}x{grid[1]} patches {row}; if that is wrong, "
+            f"{_GRID_REMEDY}"
+        )
+    return grid
 
 
-def _shape_of(weights: Mapping[str, Tensor], origin: str, source: str, hints: _Hints) -> ViTShape:
+def _shape_of(
+    weights: Mapping[str, Tensor], origin: str, source: str, hints: _Hints, notes: list[str]
+) -> ViTShape:
     """Read off the tensors what they tell. Raises CheckpointError for what the plain ViT cannot be."""
     kernel = weights["patch_embed.proj.weight"]
     width, channels, patch = kernel.shape[0], kernel.shape[1], kernel.shape[-1]
@@ -592,24 +718,18 @@ def _shape_of(weights: Mapping[str, Tensor], origin: str, source: str, hints: _H
         raise CheckpointError(
             f"{source} has patches of {tuple(kernel.shape[-2:])} pixels: they must be square"
         )
-    depth = _depth_of(weights)
-    hidden = weights.get("blocks.0.mlp.fc1.weight")
-    if hidden is None or hidden.shape[0] != 4 * width:
-        raise CheckpointError(
-            f"{source} cannot be converted: its MLP is not four times as wide as its tokens"
-        )
     relative = weights.get("blocks.0.attn.relative_position_bias_table")
     class_token = "cls_token" in weights
     if "pos_embed" in weights:
-        at = _grid_of(weights["pos_embed"].shape[1], class_token, hints, source)
+        at = _grid_of(weights["pos_embed"].shape[1], hints, source, notes)
     elif relative is not None:
-        at = _grid_of_table(relative.shape[0] - 3 * class_token, hints, source)
+        at = _grid_of_table(relative.shape[0] - 3 * class_token, hints, source, notes)
     else:
         raise CheckpointError(f"{source} holds no positions ('pos_embed'): give a whole encoder")
     tokens = weights.get("reg_token")
     return ViTShape(
         width,
-        depth,
+        _depth_of(weights),
         hints.heads or _heads_of(weights, origin, width, source),
         patch,
         at,
@@ -622,15 +742,21 @@ def _shape_of(weights: Mapping[str, Tensor], origin: str, source: str, hints: _H
     )
 
 
-def _grid_of_table(rows: int, hints: _Hints, source: str) -> tuple[int, int]:
+def _grid_of_table(rows: int, hints: _Hints, source: str, notes: list[str]) -> tuple[int, int]:
     """Rows and columns of patches from a table's offsets, (2h - 1)(2w - 1)."""
-    for known in (hints.grid, hints.expected if hints.grid is None else None):
-        if known is not None and (2 * known[0] - 1) * (2 * known[1] - 1) == rows:
-            return known[0], known[1]
-    side = math.isqrt(rows)
-    if side * side != rows or side % 2 == 0 or hints.grid is not None:
+
+    def fits(grid: Sequence[int] | None) -> bool:
+        return grid is not None and (2 * grid[0] - 1) * (2 * grid[1] - 1) == rows
+
+    if hints.grid is not None:
+        found = (hints.grid[0], hints.grid[1]) if fits(hints.grid) else None
+    else:
+        squares = [((side + 1) // 2,) * 2 for side, _ in _squares([rows]) if side % 2]
+        what = f"its {rows} relative positions"
+        found = _likeliest(squares, fits(hints.expected), hints, what, notes)
+    if found is None:
         raise CheckpointError(f"{source} holds a table of {rows} relative positions: {_GRID_REMEDY}")
-    return (side + 1) // 2, (side + 1) // 2
+    return found
 
 
 def _completed(weights: OrderedDict[str, Tensor], shape: ViTShape) -> None:

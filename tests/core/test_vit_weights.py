@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from golden_tools import assert_close, fill, gain_of, load, points, tensor
 from hypothesis import given, settings
@@ -35,6 +37,7 @@ from jepa_plugins.core.vit import VisionTransformer, relative_index, resample_po
 from jepa_plugins.core.vit_convert import Wishes, convert, file_content, target_weights
 from jepa_plugins.core.vit_proof import plain_model, prove
 from jepa_plugins.core.vit_weights import (
+    IMAGENET,
     LICENCES,
     NON_COMMERCIAL,
     UNKNOWN_LICENCE,
@@ -80,7 +83,8 @@ def test_conversion_is_proved(layout: str, target: str) -> None:
     encoder = found(layout)
     proof = prove(encoder, convert(encoder, target), target)
     shape = encoder.shape
-    lost = shape.registers or (target == "detectron2" and (shape.class_token or shape.rel_pos_bias))
+    lost = shape.registers and target != "timm"
+    lost = lost or (target == "detectron2" and (shape.class_token or shape.rel_pos_bias))
     assert proof.exact != bool(lost)
     assert bool(proof.by_design) == bool(lost) and proof.right
     assert proof.cosine > (0.5 if lost else 1 - 1e-6)
@@ -147,6 +151,35 @@ def test_a_proof_sees_wrongly_read_names_beside_a_change_by_design() -> None:
     name = "blocks.0.attn.qkv.bias"
     encoder.weights[name] = encoder.weights[name].roll(WIDTH)  # the values' bias among the queries'
     assert not prove(encoder, convert(encoder, "detectron2"), "detectron2").right
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("layout", ["dinov2_registers", "deit_distilled", "no class token"])
+def test_registers_stay_in_timms_own_model(layout: str, keep: bool) -> None:
+    own = vit(11, class_token=False, reg_tokens=3, no_embed_class=True)
+    content, model = FILES[layout][:2] if layout in FILES else (own.state_dict(), own)
+    encoder = recognise(content)
+    kept = keep and encoder.shape.class_token
+    converted = convert(encoder, "timm", Wishes(class_token=None if keep else False))
+    line = vit_convert.usage(converted.encoder, "timm")
+    loaded = eval(line, {"timm": timm}).eval()
+    loaded.load_state_dict(target_weights(converted.encoder, "timm"))
+    assert loaded.num_reg_tokens == encoder.shape.registers and loaded.has_class_token == kept
+    assert prove(encoder, converted, "timm").right
+    if kept == encoder.shape.class_token:
+        assert prove(encoder, converted, "timm").exact
+        torch.testing.assert_close(tokens_of(loaded, IMAGE, 0), tokens_of(model, IMAGE, 0))
+        again = recognise(target_weights(converted.encoder, "timm"))
+        assert again.shape == encoder.shape and prove(again, convert(again, "timm"), "timm").exact
+
+
+def test_a_proof_sees_a_wrong_register() -> None:
+    encoder = found("dinov2_registers")
+    converted = convert(encoder, "timm")
+    for name, other in (("reg_token", 1), ("pos_embed", 1)):
+        wrong = copy.deepcopy(converted)
+        wrong.encoder.weights[name] = wrong.encoder.weights[name].roll(other, 2)
+        assert not prove(encoder, wrong, "timm").right
 
 
 def test_folded_layer_scale_is_exact_and_gone() -> None:
@@ -325,6 +358,21 @@ def test_origins_of_bare_encoders(case: str) -> None:
     assert encoder.certain == (origin not in ("DINO", "iBOT") and case != "bare, below model")
 
 
+@pytest.mark.parametrize("case", ORIGINS)
+def test_pixels_are_told_only_where_they_are_known(case: str) -> None:
+    encoder = recognise(ORIGINS[case][0])
+    known = encoder.certain and encoder.origin in LICENCES and encoder.origin != "timm"
+    assert encoder.pixels == (IMAGENET if known else None)
+    again = recognise(file_content(convert(encoder, "mmseg"), "mmseg"))
+    assert again.pixels == encoder.pixels
+    assert recognise(ORIGINS[case][0], origin="timm").pixels is None
+    assert recognise(ORIGINS[case][0], origin="MAE").pixels == IMAGENET
+
+
+def test_pixels_of_other_channels_are_not_known() -> None:
+    assert recognise(bare(in_chans=4), origin="MAE").pixels is None
+
+
 def test_an_origin_stays_uncertain_in_a_converted_file() -> None:
     guessed = recognise({"model": bare()})
     again = recognise(file_content(convert(guessed, "mmseg"), "mmseg"))
@@ -374,6 +422,92 @@ def test_a_grid_that_fits_without_the_tokens_row_is_second() -> None:
     del weights["cls_token"]  # detectron2 keeps the row
     encoder = recognise(under("backbone.net.", weights), heads=2)
     assert encoder.shape.grid == (21, 21) and encoder.weights["pos_embed"].shape[1] == 441
+
+
+def resampled_square(encoder: Encoder, size: tuple[int, int]) -> None:
+    """The encoder's 4x4 positions arrive in a model of `size` pixels as bicubic resampling gives them."""
+    model = model_like(encoder, img_size=size)
+    report = load_encoder(model, encoder, "file.pth")
+    table = encoder.weights["pos_embed"][:, model.prefix :]
+    want = bicubic(table, (4, 4), model.grid)
+    torch.testing.assert_close(model.pos_embed.data[:, model.prefix :], want)
+    assert "pos_embed" in report.resized
+
+
+@pytest.mark.parametrize("layout", ["mae", "ijepa", "dino_backbone", "timm", "dinov2"])
+def test_a_square_of_another_method_is_not_taken_for_the_models_rectangle(layout: str) -> None:
+    encoder = found(layout, expected=(2, 8))
+    assert encoder.shape.grid == (4, 4)
+    assert "its 16 positions were taken for 4x4, not the model's 2x8; if that is wrong, give --grid" in str(
+        encoder.notes
+    )
+    resampled_square(encoder, (2 * PATCH, 8 * PATCH))
+    assert not any("--grid" in note for note in found(layout, expected=(4, 4)).notes)
+
+
+def test_a_square_table_of_offsets_is_not_taken_for_the_models_rectangle() -> None:
+    encoder = found("beit", expected=(1, 25))
+    assert encoder.shape.grid == (4, 4)
+    assert "its 49 relative positions were taken for 4x4, not the model's 1x25" in str(encoder.notes)
+
+
+def test_a_grid_that_is_assumed_is_noted() -> None:
+    content, _ = rectangular((8, 32), told=False)
+    notes = str(recognise(content, heads=2, expected=(8, 32)).notes)
+    assert (
+        "its 256 positions were taken for 8x32, as the model has, not 16x16; if that is wrong, give" in notes
+    )
+    weights = VisionTransformer((24, 32), 8, width=64, depth=1, heads=1, class_token=True).state_dict()
+    notes = str(recognise(weights, expected=(3, 4)).notes)
+    assert "its 12 positions were taken for 3x4, as the model has; if that is wrong, give --grid" in notes
+
+
+def token_rectangle(grid: tuple[int, int] = (3, 5), **options) -> dict:
+    return dict(bare(img_size=(grid[0] * PATCH, grid[1] * PATCH), **options))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("expected", [None, (4, 4), (2, 8)])
+def test_a_tokens_row_is_not_taken_for_a_patch(wrapped: bool, expected: tuple[int, int] | None) -> None:
+    """3x5 patches and a class token make as many rows as 4x4."""
+    weights = token_rectangle()
+    content = {"model": weights} if wrapped else weights
+    with pytest.raises(CheckpointError, match="holds 15 positions, which are no square: give --grid"):
+        recognise(content, expected=expected)
+    for options in ({"grid": (3, 5)}, {"expected": (3, 5)}):
+        encoder = recognise(content, **options)
+        assert encoder.shape.grid == (3, 5)
+        assert torch.equal(encoder.weights["pos_embed"], weights["pos_embed"])
+
+
+def test_a_table_without_the_tokens_row_is_noted_where_it_is_a_guess() -> None:
+    guessed = recognise(token_rectangle(init_values=0.1, head=True))
+    assert guessed.origin == "timm" and guessed.shape.grid == (4, 4)
+    assert "taken for 4x4 patches without a row for its class token; if that is wrong, give --grid" in str(
+        guessed.notes
+    )
+    told = recognise(token_rectangle(init_values=0.1, head=True), grid=(3, 5))
+    assert told.shape.grid == (3, 5) and not any("--grid" in note for note in told.notes)
+    headless = token_rectangle((4, 4), init_values=0.1, no_embed_class=True)
+    assert recognise(headless).shape.grid == (4, 4)
+    plain = token_rectangle((4, 4), no_embed_class=True)
+    with pytest.raises(CheckpointError, match="holds 15 positions, which are no square"):
+        recognise(plain)
+    encoder = recognise(plain, grid=(4, 4))
+    assert encoder.shape.grid == (4, 4) and not encoder.weights["pos_embed"][:, 0].any()
+    assert found("deit3").shape.grid == (4, 4) and not any("--grid" in note for note in found("deit3").notes)
+
+
+def test_a_row_without_a_token_is_detectron2s_alone() -> None:
+    """2x5 patches are as many as 3x3 and a token."""
+    weights = {k: v for k, v in token_rectangle((3, 3)).items() if k != "cls_token"}
+    with pytest.raises(CheckpointError, match="holds 10 positions, which are no square: give --grid"):
+        recognise(weights)
+    encoder = recognise(under("backbone.net.", weights))
+    assert encoder.shape.grid == (3, 3) and encoder.weights["pos_embed"].shape[1] == 9
+    assert "taken for 3x3 patches after a row of no token; if that is wrong, give --grid" in str(
+        encoder.notes
+    )
 
 
 def test_a_configuration_that_is_not_the_files() -> None:
@@ -551,6 +685,25 @@ def broken(name: str) -> tuple[dict, dict]:
         return dict(plain), {"grid": (3, 4)}
     if name == "nan":
         return {**plain, "norm.bias": torch.full((WIDTH,), float("nan"))}, {}
+    if name in INCOMPLETE:
+        return {k: v for k, v in plain.items() if not re.fullmatch(INCOMPLETE[name], k)}, {}
+    if name == "half of BEiT's biases":
+        weights = beit(9).state_dict()
+        return {"model": {k: v for k, v in weights.items() if k != "blocks.1.attn.v_bias"}}, {}
+    if name == "one table of offsets":
+        weights = beit(9).state_dict()
+        return {k: v for k, v in weights.items() if k != "blocks.1.attn.relative_position_bias_table"}, {}
+    if name == "shape":
+        return {**plain, "blocks.1.attn.proj.weight": some(WIDTH, 5)}, {}
+    if name == "flat patches":
+        return {**plain, "patch_embed.proj.weight": some(WIDTH, 192)}, {}
+    if name == "wide MLP":
+        wide = {
+            "mlp.fc1.weight": some(300, WIDTH),
+            "mlp.fc1.bias": some(300),
+            "mlp.fc2.weight": some(WIDTH, 300),
+        }
+        return {**plain, **{f"blocks.{i}.{k}": v for i in range(DEPTH) for k, v in wide.items()}}, {}
     if name == "heads":
         odd = VisionTransformer(16, 8, width=48, depth=1, heads=2).state_dict()
         return dict(odd), {}
@@ -558,7 +711,24 @@ def broken(name: str) -> tuple[dict, dict]:
     return {k: v for k, v in plain.items() if k != "pos_embed"}, {}
 
 
+INCOMPLETE = {
+    "a bias": r"blocks\.1\.mlp\.fc1\.bias",
+    "a block": r"blocks\.0\..*",
+    "biases of attention": r"blocks\.\d\.attn\.qkv\.bias",
+    "half a norm": r"norm\.bias",
+    "all blocks": r"blocks\..*",
+}
 BROKEN = {
+    "a bias": "lacks 1 of the 27 tensors of a plain ViT of 2 blocks, for instance 'blocks.1.mlp.fc1.bias'",
+    "a block": "lacks 12 of the 27 tensors of a plain ViT of 2 blocks, for instance 'blocks.0.attn.proj.bias'",
+    "biases of attention": "lacks 2 of the 27 tensors of a plain ViT of 2 blocks, for instance 'blocks.0.attn.qkv",
+    "half a norm": "lacks 1 of the 27 tensors of a plain ViT of 2 blocks, for instance 'norm.bias'",
+    "all blocks": "holds no blocks of a ViT",
+    "half of BEiT's biases": "lacks 'blocks.1.attn.v_bias' beside 'blocks.1.attn.q_bias'",
+    "one table of offsets": "for instance 'blocks.1.attn.relative_position_bias_table'",
+    "shape": "'blocks.1.attn.proj.weight' has the shape (128, 5), not (128, 128)",
+    "flat patches": "'patch_embed.proj.weight' has the shape (128, 192)",
+    "wide MLP": "its MLP is not four times as wide as its tokens ('blocks.0.mlp.fc1.weight')",
     "no target": "holds no 'target_encoder': give a whole pre-training checkpoint, or take its other encoder",
     "no target, I-JEPA": "holds no 'target_encoder'",
     "one encoder": "holds one encoder only: leave --encoder context out",
@@ -593,6 +763,14 @@ def test_bad_files_are_one_sentence(case: str) -> None:
 def test_wishes_that_cannot_be_met(wishes: Wishes, target: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         convert(found("dinov2"), target, wishes)
+
+
+@pytest.mark.parametrize("size", [0, -64])
+def test_sizes_that_make_no_sense(size: int) -> None:
+    with pytest.raises(ValueError, match=f"--patch-size is at least 1, got {size}"):
+        Wishes(patch_size=size)
+    with pytest.raises(ValueError, match=f"--img-size is at least one patch a side, got {size}"):
+        Wishes(img_size=(32, size))
 
 
 def test_converting_leaves_the_source_alone() -> None:

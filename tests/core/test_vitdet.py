@@ -13,6 +13,8 @@ from vit_files import RECTANGLES, rectangular
 
 from jepa_plugins.core.checkpoints import CheckpointError, load_into
 from jepa_plugins.core.vit import Predictor, VisionTransformer, resample_positions
+from jepa_plugins.core.vit_convert import Wishes, convert, file_content
+from jepa_plugins.core.vit_weights import recognise
 from jepa_plugins.core.vitdet import (
     ChannelNorm,
     DetectionBlock,
@@ -287,6 +289,27 @@ def test_a_rectangular_grid_of_our_own(grid, told):
         want = resample_positions(table, grid, (16, 16))
         assert torch.equal(found.weights["backbone.net.pos_embed"], want)
         assert found.resized == ["backbone.net.pos_embed"]
+
+
+def test_a_square_of_another_method_for_a_rectangle_of_as_many_patches():
+    target = part_of(pretraining(class_token=True), "target_encoder")
+    content = {"model": {**target, "decoder_blocks.0.norm1.weight": torch.zeros(3)}}
+    found = backbone_weights(small(pretrain_img_size=(8, 32)), content, "mae.pth")
+    table = resample_positions(target["pos_embed"][:, 1:], (4, 4), (2, 8))
+    assert torch.equal(found.weights["backbone.net.pos_embed"], table)
+    assert found.resized == ["backbone.net.pos_embed"]
+    assert any("taken for 4x4, not the model's 2x8" in note for note in found.notes)
+
+
+def test_a_converted_files_order_of_channels_stays():
+    encoder = recognise(pretraining(), heads=2)
+    for bgr in (False, True):
+        content = file_content(convert(encoder, "detectron2", Wishes(bgr=bgr)), "detectron2")
+        kernel = encoder.weights["patch_embed.proj.weight"]
+        found = backbone_weights(small(), content, "run.pth")
+        got = found.weights["backbone.net.patch_embed.proj.weight"]
+        assert torch.equal(got, kernel.flip(1) if bgr else kernel)
+        assert ("it reads blue, green, red" in found.notes) == bgr
 
 
 def test_a_square_table_for_a_rectangular_grid():

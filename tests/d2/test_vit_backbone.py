@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from functools import partial
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 pytest.importorskip("detectron2")
 
+import convert_weights  # noqa: E402
 from detectron2.config import LazyCall as L  # noqa: E402
 from detectron2.config import instantiate  # noqa: E402
 from detectron2.layers import ShapeSpec  # noqa: E402
@@ -20,7 +23,9 @@ from golden_tools import assert_close, fill_module, load, tensor  # noqa: E402
 from tiny import options  # noqa: E402
 from vit_tiny import YAML  # noqa: E402
 
+from jepa_plugins.core.vit import VisionTransformer  # noqa: E402
 from jepa_plugins.d2 import get_config, lazy  # noqa: E402
+from jepa_plugins.d2.checkpoint import Checkpointer  # noqa: E402
 from jepa_plugins.d2.registration import build_model  # noqa: E402
 from jepa_plugins.d2.solver import build_optimizer, group_parameters, layer_decay_rate, vit_depth  # noqa: E402
 from jepa_plugins.d2.vit import JEPASimpleFeaturePyramid, JEPAViT  # noqa: E402
@@ -140,6 +145,74 @@ def test_published_lazy_arguments_are_understood() -> None:
         ValueError, match=r"residual_block_indexes names \[1\], but this ViT has no convolutional"
     ):
         JEPAViT(residual_block_indexes=[1])
+
+
+# --- files of tools/convert_weights.py
+
+
+class Detector(nn.Module):
+    """What the checkpointer looks for: a ViT at `backbone.net`."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.net = net
+
+
+def converted(tmp_path, capsys, *options, patch=16, grid=(4, 4), **shape) -> tuple:
+    """(the source's ViT, the written file, what was printed)."""
+    size = (grid[0] * patch, grid[1] * patch)
+    vit = VisionTransformer(size, patch, width=64, heads=1, **{"depth": 2} | shape).eval()
+    weights = {f"target_encoder.{name}": value for name, value in vit.state_dict().items()}
+    torch.save({"state_dict": weights | {"predictor.a": torch.ones(1)}}, tmp_path / "in.pth")
+    arguments = [tmp_path / "in.pth", tmp_path / "out.pth", "--to", "detectron2", *options]
+    convert_weights.main([str(argument) for argument in (*arguments, "--grid", *grid)])
+    return vit, tmp_path / "out.pth", capsys.readouterr().out
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_the_order_of_channels_of_a_converted_file_stays(order, tmp_path, capsys) -> None:
+    vit, path, text = converted(tmp_path, capsys, "--channels", order)
+    model = Detector(JEPAViT(img_size=64, embed_dim=64, depth=2, num_heads=1, pretrain_img_size=64))
+    Checkpointer(model).load(str(path))
+    kernel = model.backbone.net.patch_embed.proj.weight
+    file = torch.load(path, weights_only=True)["model"]["backbone.net.patch_embed.proj.weight"]
+    rgb = vit.patch_embed.proj.weight
+    assert torch.equal(kernel, file) and torch.equal(file, rgb.flip(1) if order == "bgr" else rgb)
+    assert ('INPUT.FORMAT BGR MODEL.PIXEL_MEAN "[103.53, 116.28, 123.675]"' in text) == (order == "bgr")
+
+
+PRINTED = [(16, (4, 4), 2), (16, (2, 6), 2), (8, (3, 5), 5), (14, (3, 4), 2), (32, (2, 2), 1)]
+
+
+@pytest.mark.parametrize(("patch", "grid", "depth"), PRINTED)
+def test_the_printed_lines_build_models_that_load_the_file(patch, grid, depth, tmp_path, capsys) -> None:
+    vit, path, text = converted(tmp_path, capsys, patch=patch, grid=grid, depth=depth)
+    line, lazy_line = (re.search(rf"^{start}(.*)$", text, re.M)[1] for start in ("use:", "or: "))
+    words = shlex.split(line.replace(" FILE ", f" {path} "))
+    assert words.pop(0) == "--config-file"
+    cfg = get_config(words[0], [*words[1:], "MODEL.DEVICE", "cpu", "MODEL.VIT.USE_REL_POS", False])
+    built = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)(cfg, ShapeSpec(channels=3))
+    assert [shape.stride for shape in built.output_shape().values()] == [4, 8, 16, 32, 64]
+    call = re.search(r"JEPAViT\(.*\)", lazy_line.split(" (patches")[0])[0]
+    lazy_net = eval(call.replace("use_rel_pos=True", "use_rel_pos=False"), {"JEPAViT": JEPAViT})
+    nets = (built.net, lazy_net)
+    for net in nets:
+        loader = Checkpointer(Detector(net), required=["backbone"])
+        loader.load(cfg.MODEL.WEIGHTS)
+        resampled = patch not in (8, 16)
+        assert loader.report.resized == (["backbone.net.patch_embed.proj.weight"] if resampled else [])
+        assert torch.equal(net.pos_embed, vit.pos_embed) and net.grid == grid
+    with torch.no_grad():
+        assert ("patches are resampled" in text) == resampled
+        for block in (block for net in nets for block in net.blocks):
+            block.window = 0
+        image = torch.randn(1, 3, *(side * nets[0].patch_size for side in grid))
+        vit.norm = nn.Identity()
+        for net in nets:
+            if not resampled:
+                want = vit(image).transpose(1, 2).unflatten(2, grid)
+                torch.testing.assert_close(net.eval().features(image), want, rtol=1e-4, atol=1e-5)
 
 
 # --- the optimiser

@@ -64,6 +64,12 @@ def test_timms_own_models_load_the_file(suffix: str, tmp_path: Path) -> None:
     for layout, model in (
         ("ours", TimmViT(**TIMM, num_classes=0, global_pool="", class_token=False)),
         ("dinov2", TimmViT(**TIMM, num_classes=0, global_pool="", init_values=1.0)),
+        (
+            "dinov2_registers",
+            TimmViT(
+                **TIMM, num_classes=0, global_pool="", init_values=1.0, reg_tokens=2, no_embed_class=True
+            ),
+        ),
         ("beit", Beit(**TIMM, num_classes=0, global_pool="", init_values=1.0, use_rel_pos_bias=True)),
     ):
         content = read_checkpoint(run(written(layout, tmp_path), to="timm", suffix=suffix))
@@ -116,9 +122,15 @@ def test_an_origin_that_names_do_not_tell(tmp_path: Path, capsys: pytest.Capture
     text = capsys.readouterr().out
     assert "note:     by its names it may be MAE's, DINO's, iBOT's or timm's" in text
     assert "licence:  not known: see where the file came from\n" in text
-    run(source, "--origin", "timm")
+    assert "pixels:   RGB in [0, 1], mean and std not known: see where the file came from\n" in text
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 50), (200, 100, 0)).save(picture)
+    run(source, "--origin", "timm", "--image", picture)
     text = capsys.readouterr().out
     assert "by its names" not in text and "licence:  Apache 2.0 for the code" in text
+    assert "mean and std not known" in text and "proof:    exact" in text
+    run(source, "--origin", "MAE")
+    assert "RGB in [0, 1], mean (0.485, 0.456, 0.406), std (0.229" in capsys.readouterr().out
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -139,6 +151,49 @@ def test_refusals_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     torch.save({"encoder.patch_embed.proj.weight": torch.ones(1), "predictor.a": torch.ones(1)}, source)
     assert "holds no 'target_encoder'" in refusal(capsys, source, out, "--to", "timm")
+    assert not out.exists()
+
+
+NUMBERS = {
+    ("--patch-size", 0): "--patch-size is at least 1, got 0",
+    ("--patch-size", -4): "--patch-size is at least 1, got -4",
+    ("--img-size", 0): "--img-size is at least one patch a side, got 0",
+    ("--img-size", -64, 64): "--img-size is at least one patch a side, got -64",
+    ("--heads", 0): "--heads is at least 1, got 0",
+    ("--heads", 7): "--heads 7 is no divisor of the width 128 of",
+    ("--grid", -4, -4): "--grid is at least 1 row and 1 column, got -4 -4",
+}
+
+
+@pytest.mark.parametrize("options", NUMBERS)
+def test_numbers_that_make_no_sense(
+    options: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = written("ours", tmp_path), tmp_path / "out.pth"
+    assert NUMBERS[options] in refusal(capsys, source, out, "--to", "mmseg", *options)
+
+
+def test_heads_that_are_not_those_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = written("beit", tmp_path), tmp_path / "out.pth"
+    message = refusal(capsys, source, out, "--to", "mmseg", "--heads", 4)
+    assert (
+        "--heads 4, but 'blocks.0.attn.relative_position_bias_table'" in message
+        and "has 2 columns" in message
+    )
+
+
+def test_incomplete_files_and_pictures_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = written("dino_backbone", tmp_path), tmp_path / "out.pth"
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"no picture")
+    assert "picture.png" in refusal(capsys, source, out, "--to", "timm", "--image", picture)
+    weights = FILES["dino_backbone"][0]
+    for part in ("blocks.1.mlp.fc1.bias", "blocks.0.", "attn.qkv.bias"):
+        torch.save({k: v for k, v in weights.items() if part not in k}, source)
+        message = refusal(capsys, source, out, "--to", "mmseg")
+        assert f"{source} lacks" in message and f"'{part}" in message.replace("blocks.0.attn.qkv", "attn.qkv")
     assert not out.exists()
 
 
