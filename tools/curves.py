@@ -323,7 +323,7 @@ def draw(runs: Mapping[str, Mapping[str, Points]], probes: Probes, score: str, p
 
 
 def draw_probes(axis: Any, probes: Probes, colours: Mapping[str, str], score: str) -> None:
-    """Scores over time; the context encoder's dashed, the floors dotted and named at the right."""
+    """Scores over time; the context encoder's dashed, the floors dotted and named at the right and left."""
     if not (probes.curves or probes.floors):
         axis.axis("off")
         return
@@ -332,14 +332,15 @@ def draw_probes(axis: Any, probes: Probes, colours: Mapping[str, str], score: st
         points = dict(sorted(points.items()))
         style = "o-" if encoder == "target" else "s--"
         axis.plot(list(points), list(points.values()), style, color=colours[run], ms=3, lw=1.2)
-    for name, value in probes.floors.items():
+    # in turn, so that the names of two floors of nearly one height do not cover each other
+    for i, (name, value) in enumerate(sorted(probes.floors.items(), key=lambda floor: floor[1])):
         axis.axhline(value, color="0.35", ls=":", lw=1)
         axis.annotate(
             name.replace("_", " + "),
-            (1, value),
+            ((1, 0)[i % 2], value),
             xycoords=("axes fraction", "data"),
             fontsize=7,
-            ha="right",
+            ha=("right", "left")[i % 2],
             va="bottom",
         )
 

@@ -54,7 +54,7 @@ def test_schedules_golden(golden_dir: Path) -> None:
 def test_parameter_groups_golden(golden_dir: Path) -> None:
     meta = json.loads((golden_dir / "ijepa_schedules" / "meta.json").read_text())
     counts = meta["parameter_groups"]["tensors_vit_tiny_predictor_depth_2"]
-    model = DMTJEPA("tiny", predictor={"width": 384, "depth": 2}, loss="smooth_l1")
+    model = DMTJEPA("tiny", predictor={"width": 384, "depth": 2}, msn=None, lat=None, loss="smooth_l1")
     decayed, plain = parameter_groups(model)
     tables = 2  # pos_embed and predictor_pos_embed, which take no gradient, are counted there
     assert len(decayed["params"]) == counts[0] + counts[1] - tables

@@ -140,7 +140,7 @@ def test_crops_are_centred_and_in_the_models_order(tmp_path: Path) -> None:
         ({}, ["--query", "2", "0"], "--query is a place from 0 0"),
         ({}, ["--cfg-options", "model.type=JEPAViT"], "describes the model JEPAViT: give the configuration"),
         ({}, ["--cfg-options", "model.arch.width=16"], "weights of another architecture"),
-        ({}, ["--cfg-options", "model.arch.wide=16"], "model.arch has no wide"),
+        ({}, ["--cfg-options", "model.arch.wide=16"], "model.arch needs width, depth and heads and no more"),
     ],
 )
 def test_errors_are_one_sentence(trained, monkeypatch, changed, more, sentence) -> None:
