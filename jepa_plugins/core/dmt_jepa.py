@@ -29,7 +29,7 @@ from jepa_plugins.core.neighbours import (
     choose_neighbours,
     shared_with,
 )
-from jepa_plugins.core.step import StepOutput, channel_variance
+from jepa_plugins.core.step import StepOutput, channel_moments, variance_of
 from jepa_plugins.core.vit import Predictor, VisionTransformer, pick
 
 LOSSES = ("mse", "smooth_l1")
@@ -246,7 +246,8 @@ class DMTJEPAModel(nn.Module):
         predicted = self.predict(images, masks).float()
         loss = F.mse_loss(predicted, aim) if self.settings.loss == "mse" else F.smooth_l1_loss(predicted, aim)
         with torch.no_grad():
-            variance = channel_variance(every.flatten(0, 1))
+            moments = channel_moments(every.flatten(0, 1))
+            variance = variance_of(moments)
             error = F.mse_loss(predicted, aim)
             metrics = {
                 "target_variance": variance,
@@ -255,9 +256,13 @@ class DMTJEPAModel(nn.Module):
             }
             if chosen is not None:
                 metrics["neighbours_by_position"] = self.by_position(chosen, images)
-        return StepOutput(
-            {"loss": loss}, metrics, {"target": every, "errors": (predicted.detach() - aim).square()}
-        )
+        maps = {
+            "target": every,
+            "errors": (predicted.detach() - aim).square(),
+            "moments": moments,
+            "error": error,
+        }
+        return StepOutput({"loss": loss}, metrics, maps)
 
     def by_position(self, chosen: Neighbours, images: Tensor) -> Tensor:
         """Share of the chosen neighbours that the table of positions alone would have chosen."""

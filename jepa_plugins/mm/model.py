@@ -17,7 +17,7 @@ from jepa_plugins.core.collapse import rank_metrics
 from jepa_plugins.core.dmt_jepa import LOSSES, DMTJEPAModel, DMTJEPASettings
 from jepa_plugins.core.multiblock import Masks, MultiBlock, draw_masks
 from jepa_plugins.core.neighbours import Neighbourhood
-from jepa_plugins.core.step import channel_moments, variance_of
+from jepa_plugins.core.step import variance_of
 from jepa_plugins.core.vit import Predictor, VisionTransformer, size_of
 from jepa_plugins.mm.data import BatchPlace
 
@@ -307,10 +307,7 @@ class DMTJEPA(DMTJEPAModel, BaseModel):
             ranks = rank_metrics(out.maps["target"])
             metrics.update({name: inputs.new_tensor(value) for name, value in ranks.items()})
         images = inputs.new_tensor(float(place.counted))
-        parts = {
-            "error": out.maps["errors"].mean(),
-            "moments": channel_moments(out.maps["target"].flatten(0, 1)),
-        }
+        parts = {name: out.maps[name] for name in ("error", "moments")}
         return {"loss": out.losses["loss"] * self.share(place), **metrics, **parts, "images": images}
 
     def maps(self, inputs: Tensor, place: BatchPlace) -> dict[str, Tensor]:
